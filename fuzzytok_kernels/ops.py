@@ -1,0 +1,236 @@
+"""The ops under `torch.ops.fuzzytok`: schemas, checks, fakes, autograd, autocast and vmap. No arithmetic here.
+
+Each op has one `autograd.Function` (with `setup_context` and `vmap`) registered for both the Autograd and the functorch key: with
+`torch.library.register_autograd` forward-mode AD is silently zero and `torch.func.grad` raises (seen on torch 2.13).
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuzzytok_kernels import reference
+from fuzzytok_kernels.checks import check_causal_conv1d, check_causal_conv1d_input_grad, check_causal_conv1d_weight_grad
+from fuzzytok_kernels.layout import empty_output, empty_weight
+
+_library = torch.library.Library("fuzzytok", "DEF")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+
+@functools.cache
+def _backend(device: torch.device) -> ModuleType:
+    """The module that computes on `device`: the Triton launchers where they can run well, PyTorch's own convolution elsewhere."""
+    from fuzzytok_kernels.support import runs_triton  # triton is imported at the first call, not at import
+
+    if not runs_triton(device):
+        return reference
+    from fuzzytok_kernels import launch
+
+    return launch
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError("the fuzzytok ops have no forward-mode derivative; use reverse mode (backward, torch.func.grad, torch.func.vjp)")
+
+
+# ---- causal_conv1d
+
+
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    check_causal_conv1d(x, weight, bias, dilation)
+    return _backend(x.device).causal_conv1d(x, weight, bias, dilation)
+
+
+def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    check_causal_conv1d(x, weight, bias, dilation)
+    return empty_output(x, weight.shape[0])
+
+
+class _CausalConv1d(_Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return causal_conv1d(x, weight, bias, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, ctx.dilation = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x = causal_conv1d_input_grad(grad_y, weight, ctx.dilation)
+        if needs_weight or needs_bias:
+            grad_weight, grad_bias = causal_conv1d_weight_grad(grad_y, x, weight.shape[2], ctx.dilation)
+        return grad_x, grad_weight, grad_bias if needs_bias else None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        return _vmap_folding_first(causal_conv1d, info.batch_size, in_dims, args)
+
+
+# ---- causal_conv1d_input_grad
+
+
+def _causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
+    check_causal_conv1d_input_grad(grad_y, weight, dilation)
+    return _backend(grad_y.device).causal_conv1d_input_grad(grad_y, weight, dilation)
+
+
+def _causal_conv1d_input_grad_fake(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
+    check_causal_conv1d_input_grad(grad_y, weight, dilation)
+    return empty_output(grad_y, weight.shape[1])
+
+
+class _CausalConv1dInputGrad(_Function):
+    @staticmethod
+    def forward(grad_y: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return causal_conv1d_input_grad(grad_y, weight, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        grad_y, weight, ctx.dilation = inputs
+        ctx.save_for_backward(grad_y, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad_x: Tensor) -> tuple:
+        grad_y, weight = ctx.saved_tensors
+        needs_grad_y, needs_weight, _ = ctx.needs_input_grad
+        double_grad_y = double_weight = None
+        if needs_grad_y:
+            double_grad_y = causal_conv1d(grad_grad_x, weight, None, ctx.dilation)
+        if needs_weight:
+            double_weight, _ = causal_conv1d_weight_grad(grad_y, grad_grad_x, weight.shape[2], ctx.dilation)
+        return double_grad_y, double_weight, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        return _vmap_folding_first(causal_conv1d_input_grad, info.batch_size, in_dims, args)
+
+
+# ---- causal_conv1d_weight_grad
+
+
+def _causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
+    check_causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
+    return _backend(x.device).causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
+
+
+def _causal_conv1d_weight_grad_fake(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
+    check_causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
+    return empty_weight(x, grad_y.shape[1], x.shape[1], kernel_size), x.new_empty(grad_y.shape[1])
+
+
+class _CausalConv1dWeightGrad(_Function):
+    @staticmethod
+    def forward(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_y, x, _, ctx.dilation = inputs
+        ctx.save_for_backward(grad_y, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad_weight: Tensor, grad_grad_bias: Tensor) -> tuple:
+        grad_y, x = ctx.saved_tensors
+        needs_grad_y, needs_x, _, _ = ctx.needs_input_grad
+        double_grad_y = double_x = None
+        if needs_grad_y:
+            double_grad_y = causal_conv1d(x, grad_grad_weight, grad_grad_bias, ctx.dilation)
+        if needs_x:
+            double_x = causal_conv1d_input_grad(grad_y, grad_grad_weight, ctx.dilation)
+        return double_grad_y, double_x, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        slices = [causal_conv1d_weight_grad(*_select(args, in_dims, i)) for i in range(info.batch_size)]
+        grad_weights, grad_biases = zip(*slices, strict=True)
+        return (torch.stack(grad_weights), torch.stack(grad_biases)), (0, 0)
+
+
+# ---- what the three share
+
+
+def _select(args: tuple, dims: tuple, index: int) -> list:
+    return [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, dims, strict=True)]
+
+
+def _vmap_folding_first(op: Callable, size: int, in_dims: tuple, args: tuple) -> tuple[Tensor, int]:
+    """vmap over the first argument alone is a larger batch; over the weight or the bias it is one call a slice."""
+    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+        first = args[0].movedim(in_dims[0], 0)
+        return op(first.flatten(0, 1), *args[1:]).unflatten(0, first.shape[:2]), 0
+    return torch.stack([op(*_select(args, in_dims, i)) for i in range(size)]), 0
+
+
+def _below_autograd(op: Callable, function: type[_Function]) -> Callable:
+    """The Autograd kernel of an op: `function.apply`, or the op itself where nothing could want a derivative (saves some 8 us a call)."""
+
+    def autograd(*args: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        if wanted or torch.autograd.forward_ad._current_level >= 0:
+            return function.apply(*_with_defaults(op, args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return autograd
+
+
+def _with_defaults(op: Any, args: tuple) -> tuple:
+    """`args` with the schema's defaults behind them, which the dispatcher strips."""
+    return args + tuple(argument.default_value for argument in op._schema.arguments[len(args) :])
+
+
+def _autocast(op: Callable, device_type: str, casts: bool) -> Callable:
+    """F.conv1d's rule: the forward follows the autocast dtype (fp64 stays), the gradients keep theirs, and nothing inside is cast again."""
+
+    def cast(arg: Any) -> Any:
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+            return arg.to(torch.get_autocast_dtype(device_type))
+        return arg
+
+    def autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return op(*map(cast, args)) if casts else op(*args)
+
+    return autocast
+
+
+def _register(schema: str, implementation: Callable, fake: Callable, function: type[_Function], autocast: bool = False) -> Any:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    op = getattr(torch.ops.fuzzytok, name).default
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
+    _library.impl(name, _below_autograd(op, function), "Autograd")
+    _library.impl(name, lambda *args: function.apply(*_with_defaults(op, args)), "FuncTorchDynamicLayerFrontMode")
+    _library.impl(name, _autocast(op, "cpu", autocast), "AutocastCPU")
+    _library.impl(name, _autocast(op, "cuda", autocast), "AutocastCUDA")
+    return op
+
+
+causal_conv1d = _register(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1) -> Tensor",
+    _causal_conv1d, _causal_conv1d_fake, _CausalConv1d, autocast=True,
+)  # fmt: skip
+causal_conv1d_input_grad = _register(
+    "causal_conv1d_input_grad(Tensor grad_y, Tensor weight, int dilation=1) -> Tensor",
+    _causal_conv1d_input_grad, _causal_conv1d_input_grad_fake, _CausalConv1dInputGrad,
+)  # fmt: skip
+causal_conv1d_weight_grad = _register(
+    "causal_conv1d_weight_grad(Tensor grad_y, Tensor x, int kernel_size, int dilation=1) -> (Tensor, Tensor)",
+    _causal_conv1d_weight_grad, _causal_conv1d_weight_grad_fake, _CausalConv1dWeightGrad,
+)  # fmt: skip

@@ -1,0 +1,46 @@
+"""What every op means, in plain PyTorch: the oracle of the tests, and the implementation on CPU.
+
+Eq. 2 and 3 of the FuzzyTok paper: `y[b,o,t] = bias[o] + sum_c sum_k weight[o,c,k] * x[b,c,t - k*d]`, x being 0 before t = 0.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv1d_input, conv1d_weight
+
+from fuzzytok_kernels.layout import empty_output, empty_weight, in_layout_of
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    """x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,) -> y (B, C_out, T)."""
+    out = empty_output(x, weight.shape[0])
+    if x.numel() == 0:
+        return out
+    history = (weight.shape[2] - 1) * dilation
+    y = F.conv1d(F.pad(x, (history, 0)), weight.flip(2), bias, dilation=dilation)
+    return in_layout_of(out, y)
+
+
+def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
+    """grad_y (B, C_out, T), weight (C_out, C_in, K) -> grad_x (B, C_in, T): `grad_x[b,c,t] = sum_o sum_k weight[o,c,k] * grad_y[b,o,t + k*d]`."""
+    (B, _, T), (_, c_in, K) = grad_y.shape, weight.shape
+    out = empty_output(grad_y, c_in)
+    if grad_y.numel() == 0:
+        return out
+    history = (K - 1) * dilation
+    padded = conv1d_input((B, c_in, T + history), weight.flip(2), grad_y, dilation=dilation)
+    return in_layout_of(out, padded[:, :, history:])
+
+
+def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
+    """grad_y (B, C_out, T), x (B, C_in, T) -> grad_weight (C_out, C_in, K), grad_bias (C_out,).
+
+    `grad_weight[o,c,k] = sum_b sum_t grad_y[b,o,t] * x[b,c,t - k*d]`, `grad_bias[o] = sum_b sum_t grad_y[b,o,t]`.
+    """
+    c_out, c_in = grad_y.shape[1], x.shape[1]
+    out = empty_weight(x, c_out, c_in, kernel_size)
+    if x.numel() == 0:
+        return out.zero_(), x.new_zeros(c_out)
+    history = (kernel_size - 1) * dilation
+    grad_weight = conv1d_weight(F.pad(x, (history, 0)), (c_out, c_in, kernel_size), grad_y, dilation=dilation)
+    return in_layout_of(out, grad_weight.flip(2)), grad_y.sum((0, 2))
