@@ -62,7 +62,9 @@ def _check_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; expected the device of {like_name}, {like.device}")
     if value.dtype != like.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}; expected the dtype of {like_name}, {like.dtype} (torch.autocast casts them for you)")
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; expected the dtype of {like_name}, {like.dtype} (torch.autocast casts them for you)"
+        )
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -1,6 +1,5 @@
 """How a logical (B, C, T) tensor lies in memory: the rule that every op, its fake and its reference share."""
 
-import torch
 from torch import Tensor
 
 

@@ -35,7 +35,9 @@ def _backend(device: torch.device) -> ModuleType:
 class _Function(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
-        raise NotImplementedError("the fuzzytok ops have no forward-mode derivative; use reverse mode (backward, torch.func.grad, torch.func.vjp)")
+        raise NotImplementedError(
+            "the fuzzytok ops have no forward-mode derivative; use reverse mode (backward, torch.func.grad, torch.func.vjp)"
+        )
 
 
 # ---- causal_conv1d

@@ -3,7 +3,6 @@
 Eq. 2 and 3 of the FuzzyTok paper: `y[b,o,t] = bias[o] + sum_c sum_k weight[o,c,k] * x[b,c,t - k*d]`, x being 0 before t = 0.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight
@@ -22,7 +21,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilatio
 
 
 def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
-    """grad_y (B, C_out, T), weight (C_out, C_in, K) -> grad_x (B, C_in, T): `grad_x[b,c,t] = sum_o sum_k weight[o,c,k] * grad_y[b,o,t + k*d]`."""
+    """grad_y (B, C_out, T), weight (C_out, C_in, K) -> grad_x (B, C_in, T).
+
+    `grad_x[b,c,t] = sum_o sum_k weight[o,c,k] * grad_y[b,o,t + k*d]`, grad_y being 0 from T on.
+    """
     (B, _, T), (_, c_in, K) = grad_y.shape, weight.shape
     out = empty_output(grad_y, c_in)
     if grad_y.numel() == 0:

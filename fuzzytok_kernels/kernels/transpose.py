@@ -1,0 +1,17 @@
+"""The one copy that the descriptor path may need: any (B, C, T) tensor to channels-last."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def channels_last_kernel(x, out, T, channels, stride_b, stride_c, stride_t, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """x (B, C, T) of any strides -> out contiguous [B, T, C]; offsets are 64-bit, one grid axis counts all tiles."""
+    n_c, n_t = tl.cdiv(channels, BLOCK_C), tl.cdiv(T, BLOCK_T)
+    tile = tl.program_id(0)
+    c = tile % n_c * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    t = tile // n_c % n_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    b = (tile // n_c // n_t).to(tl.int64)
+    mask = (c < channels)[:, None] & (t < T)[None, :]
+    values = tl.load(x + b * stride_b + c[:, None] * stride_c + t[None, :] * stride_t, mask=mask)  # [C, T]
+    tl.store(out + (b * T + t[:, None]) * channels + c[None, :], values.T, mask=mask.T)

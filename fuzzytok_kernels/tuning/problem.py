@@ -1,0 +1,21 @@
+"""What a config is chosen for."""
+
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One problem of one op. All fields but the last three match exactly, those by distance; dilation is no field, for it costs nothing."""
+
+    op: str  # the name under torch.ops.fuzzytok
+    dtype: str  # "fp16", "bf16", "tf32", or "fp32" where PyTorch's switches ask for strict fp32
+    layout: str  # "last" or "first": how the op's first argument lies in memory
+    kernel_size: int
+    aligned: bool  # whether descriptors can read it: the hardware has them and rows are multiples of 16 bytes
+    c_in: int
+    c_out: int
+    steps: int  # B*T, rounded up to a power of two, so that a training run with changing T stays with one config
+
+
+def rounded_steps(steps: int) -> int:
+    """`steps` >= 1 rounded up to a power of two."""
+    return 1 << (steps - 1).bit_length()
