@@ -2,6 +2,7 @@
 
 from fuzzytok_kernels import ops as ops
 from fuzzytok_kernels.functional import causal_conv1d
+from fuzzytok_kernels.nn import CausalConv1d, FuzzyTokenizer, ResidualCausalBlock, bits_per_byte
 
 __version__ = "0.1.0"
-__all__ = ["causal_conv1d"]
+__all__ = ["CausalConv1d", "FuzzyTokenizer", "ResidualCausalBlock", "bits_per_byte", "causal_conv1d"]

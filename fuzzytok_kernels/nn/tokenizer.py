@@ -1,0 +1,137 @@
+"""FuzzyTok: bytes to continuous embeddings, without a vocabulary. Equations 1 to 4 of the paper."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fuzzytok_kernels.nn.block import ResidualCausalBlock
+
+_BYTES = 256
+_IGNORED = -100  # a target that cross_entropy leaves out
+
+
+class FuzzyTokenizer(nn.Module):
+    """Bytes (B, T) -> z (B, T, embedding_dim or dim): the embedding of each byte in the light of the `receptive_field` bytes up to it.
+
+    An embedding with a LayerNorm (Eq. 1), one residual causal block for each dilation (Eq. 2 and 3), and a linear projection if
+    `embedding_dim` is given. No output depends on a later byte.
+
+    Args:
+        dim: channels of the blocks.
+        kernel_size: taps of every convolution.
+        dilations: one residual block each.
+        activation: of the blocks, see `ResidualCausalBlock`.
+        embedding_dim: size of z; None leaves it at `dim`, without a projection.
+        num_special: ids beyond the 256 bytes; the first four have names and attributes, None where there are fewer:
+            `pad_id` (256), `begin_id` (257), `end_id` (258), `document_id` (259).
+
+    Attributes:
+        receptive_field: how many bytes an output sees, its own included (Eq. 4); 43 for the defaults.
+        num_ids: 256 + num_special.
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        kernel_size: int = 3,
+        dilations: Sequence[int] = (1, 2, 4) * 3,
+        activation: str = "gelu",
+        embedding_dim: int | None = None,
+        num_special: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_special < 0:
+            raise ValueError(f"num_special is {num_special}; expected at least 0")
+        self.num_ids = _BYTES + num_special
+        specials = [i if i < self.num_ids else None for i in range(_BYTES, _BYTES + 4)]
+        self.pad_id, self.begin_id, self.end_id, self.document_id = specials
+        self.receptive_field = 1 + sum((kernel_size - 1) * dilation for dilation in dilations)
+        self.embedding = nn.Embedding(self.num_ids, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.Sequential(*(ResidualCausalBlock(dim, kernel_size, dilation, activation) for dilation in dilations))
+        self.projection = nn.Identity() if embedding_dim is None else nn.Linear(dim, embedding_dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) uint8 or long -> z (B, T, embedding_dim or dim), in the dtype of the parameters (or as autocast promotes it).
+
+        Raises:
+            ValueError: ids is not (B, T).
+            TypeError: ids is neither uint8 nor long.
+            IndexError: on the CPU, an id below 0 or from `num_ids` up. On a GPU that is the embedding's device-side assertion, since
+                a check here would wait for the GPU.
+        """
+        e = self._embed(ids)  # (B, T, C)
+        h = self.blocks(e.mT)  # (B, C, T), channels-last in memory: a view on the way in and on the way out
+        return self.projection(h.mT)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        _check_ids(ids)
+        try:
+            return self.norm(self.embedding(ids.long()))
+        except IndexError as error:
+            raise IndexError(f"ids reach from {ids.min()} to {ids.max()}; expected 0 to {self.num_ids - 1}") from error
+
+    def encode(self, texts: str | bytes | Sequence[str | bytes]) -> tuple[Tensor, Tensor]:
+        """Text to the ids that `forward` takes: long ids (B, T) and lengths (B,), on the device of the parameters.
+
+        A text alone is a batch of one. A str becomes its UTF-8 bytes (`surrogateescape`, so that bytes which Python read as invalid
+        UTF-8 come out as they were); bytes are taken as they are, 0 and invalid UTF-8 included. Behind its length each row is filled
+        with `pad_id`, or with 0 if there is none.
+
+        Raises:
+            TypeError: something that is neither str nor bytes.
+        """
+        if isinstance(texts, str | bytes):
+            texts = [texts]
+        rows = [_to_bytes(text) for text in texts]
+        ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id or 0)
+        for row_ids, row in zip(ids, rows, strict=True):
+            if row:  # frombuffer refuses an empty one
+                row_ids[: len(row)] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
+        device = self.embedding.weight.device
+        return ids.to(device), torch.tensor([len(row) for row in rows], dtype=torch.long, device=device)
+
+    def decode(self, ids: Tensor, lengths: Tensor | None = None) -> list[bytes]:
+        """The bytes that `encode` was given: ids (B, T) and lengths (B,), or None where nothing is padding; special ids are left out.
+
+        For a str, decode the bytes as you see fit: `data.decode(errors="replace")`, or `errors="surrogateescape"` to lose nothing.
+
+        Raises:
+            ValueError: ids is not (B, T), or has one below 0.
+        """
+        _check_ids(ids)
+        ends = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
+        return [bytes(i for i in row[:end] if i < _BYTES) for row, end in zip(ids.tolist(), ends, strict=True)]
+
+
+def bits_per_byte(logits: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of logits (B, T, num_ids) against targets (B, T), in bits: a scalar in at least fp32, to train on or to report.
+
+    `logits[:, t]` is scored on `targets[:, t]`: for a next-byte head pass `logits[:, :-1]` and `ids[:, 1:]`. With lengths (B,), only the
+    first `lengths[b]` positions of row b count; without, all. nan if no position does.
+    """
+    targets = targets.long()
+    if lengths is not None:
+        steps = torch.arange(targets.shape[1], device=targets.device)
+        targets = targets.masked_fill(steps >= lengths[:, None], _IGNORED)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED) / math.log(2)
+
+
+def _check_ids(ids: Tensor) -> None:
+    if ids.dim() != 2:
+        hint = "; add a batch dimension with unsqueeze(0)" if ids.dim() == 1 else ""
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; expected 2 dimensions (batch, time){hint}")
+    if ids.dtype not in (torch.uint8, torch.long):
+        raise TypeError(f"ids has dtype {ids.dtype}; expected uint8 or int64")
+
+
+def _to_bytes(text: str | bytes) -> bytes:
+    if isinstance(text, str):
+        return text.encode("utf-8", "surrogateescape")
+    if isinstance(text, bytes):
+        return text
+    raise TypeError(f"texts has a {type(text).__name__}; expected str or bytes")
