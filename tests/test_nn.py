@@ -1,0 +1,230 @@
+"""CausalConv1d and ResidualCausalBlock."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from fuzzytok_kernels import CausalConv1d, ResidualCausalBlock
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of fp32 additions, TF32 being off."""
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def is_tap_major(weight: Tensor) -> bool:
+    return weight.permute(2, 0, 1).is_contiguous()
+
+
+@pytest.fixture(autouse=True)
+def strict_fp32(strict_dtype):
+    """TF32 off."""
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(1, 1), (2, 3), (3, 1), (3, 4)])
+def test_from_conv1d_returns_what_the_padded_conv1d_returns(kernel_size, dilation, bias, device):
+    conv1d = nn.Conv1d(5, 7, kernel_size, dilation=dilation, bias=bias, device=device)
+    x = torch.randn(2, 5, 11, device=device)
+    expected = conv1d(F.pad(x, ((kernel_size - 1) * dilation, 0)))
+    close(CausalConv1d.from_conv1d(conv1d)(x), expected)
+    close(CausalConv1d.from_conv1d(conv1d)(x.mT.contiguous().mT), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_to_conv1d_and_back_is_exact(bias, device):
+    conv = CausalConv1d(5, 7, 3, dilation=2, bias=bias, device=device, dtype=torch.float16)
+    conv1d = conv.to_conv1d()
+    assert (conv1d.padding, conv1d.dilation, conv1d.weight.dtype, conv1d.weight.device) == ((0,), (2,), torch.float16, conv.weight.device)
+    back = CausalConv1d.from_conv1d(conv1d)
+    assert back.state_dict().keys() == conv.state_dict().keys()
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in conv.state_dict().items())
+    with torch.no_grad():
+        conv1d.weight.zero_()
+    assert conv.weight.count_nonzero() > 0  # a copy
+
+
+@pytest.mark.parametrize(("c_in", "c_out", "kernel_size"), [(1, 1, 1), (3, 4, 5), (64, 32, 3)])
+def test_the_same_seed_draws_the_values_of_conv1d(c_in, c_out, kernel_size, device):
+    torch.manual_seed(1)
+    conv1d = nn.Conv1d(c_in, c_out, kernel_size, device=device)
+    torch.manual_seed(1)
+    conv = CausalConv1d(c_in, c_out, kernel_size, device=device)
+    assert torch.equal(conv.weight, conv1d.weight.flip(2))
+    assert torch.equal(conv.bias, conv1d.bias)
+
+
+def test_output_has_the_layout_of_the_input(device):
+    conv = CausalConv1d(4, 6, 3, device=device)
+    assert conv(torch.randn(2, 4, 9, device=device)).stride() == (54, 9, 1)
+    assert conv(torch.randn(2, 9, 4, device=device).mT).stride() == (54, 1, 6)
+
+
+# ---- the weight in memory
+
+
+def reloaded(conv: CausalConv1d) -> CausalConv1d:
+    fresh = CausalConv1d(4, 6, 3)
+    fresh.load_state_dict({name: value.contiguous() for name, value in conv.state_dict().items()})
+    return fresh
+
+
+def saved(conv: CausalConv1d) -> CausalConv1d:
+    file = io.BytesIO()
+    torch.save(conv, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def drawn_again(conv: CausalConv1d) -> CausalConv1d:
+    conv.reset_parameters()
+    return conv
+
+
+def trained(conv: CausalConv1d) -> CausalConv1d:
+    conv(torch.ones(1, 4, 8, device=conv.weight.device)).sum().backward()
+    assert is_tap_major(conv.weight.grad)
+    torch.optim.AdamW(conv.parameters(), foreach=True).step()
+    return conv
+
+
+WAYS = {
+    "fresh": lambda conv: conv,
+    "deepcopy": copy.deepcopy,
+    "dtype": lambda conv: conv.to(torch.bfloat16),
+    "device": lambda conv: conv.to("cpu"),
+    "to_empty": lambda conv: copy.deepcopy(conv).to("meta").to_empty(device="cpu"),
+    "load_state_dict": reloaded,
+    "save": saved,
+    "reset_parameters": drawn_again,
+    "trained": trained,
+    "from_conv1d": lambda conv: CausalConv1d.from_conv1d(conv.to_conv1d()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_the_weight_stays_tap_major(way, device):
+    conv = way(CausalConv1d(4, 6, 3, device=device))
+    assert conv.weight.shape == (6, 4, 3)
+    assert is_tap_major(conv.weight)
+
+
+def test_a_weight_that_lies_otherwise_gives_the_same_result(device):
+    conv = CausalConv1d(4, 6, 3, device=device)
+    x = torch.randn(2, 4, 9, device=device)
+    expected = conv(x)
+    conv.load_state_dict({name: value.contiguous() for name, value in conv.state_dict().items()}, assign=True)
+    assert conv.weight.is_contiguous()
+    close(conv(x), expected)
+
+
+# ---- as a part of PyTorch
+
+
+def test_state_dict_round_trip(device):
+    conv, other = CausalConv1d(4, 6, 3, dilation=2, device=device), CausalConv1d(4, 6, 3, dilation=2, device=device)
+    x = torch.randn(2, 4, 9, device=device)
+    assert not torch.equal(conv(x), other(x))
+    other.load_state_dict(conv.state_dict())
+    assert torch.equal(conv(x), other(x))
+
+
+def test_weight_norm(device):
+    conv = CausalConv1d(4, 6, 3, device=device)
+    x = torch.randn(2, 4, 9, device=device)
+    expected = conv(x)
+    weight_norm(conv)
+    close(conv(x), expected)
+    conv(x).square().sum().backward()
+    gain, direction = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
+    assert gain.grad.count_nonzero() == gain.numel()
+    close((direction.grad * direction).sum((1, 2)), torch.zeros(6, device=device))  # the gain takes the radial part
+    close(CausalConv1d.from_conv1d(conv.to_conv1d())(x), expected)
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        conv = CausalConv1d(4, 6, 3)
+    assert conv(torch.empty(2, 4, 9, device="meta")).shape == (2, 6, 9)
+
+
+def test_repr():
+    assert repr(CausalConv1d(4, 6, 3, dilation=2)) == "CausalConv1d(4, 6, kernel_size=3, dilation=2)"
+    assert repr(CausalConv1d(4, 6, 3, bias=False)) == "CausalConv1d(4, 6, kernel_size=3, dilation=1, bias=False)"
+    assert "activation='silu'" in repr(ResidualCausalBlock(4, 3, activation="silu"))
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"stride": 2},
+        {"padding": 1},
+        {"padding": "same"},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding_mode": "reflect"},
+        {"groups": 2},
+    ],
+    ids=str,
+)
+def test_a_conv1d_that_is_no_causal_convolution_is_refused_by_name(refused):
+    name = next(iter(refused))
+    with pytest.raises(ValueError, match=f"conv has {name}="):
+        CausalConv1d.from_conv1d(nn.Conv1d(4, 6, 3, **refused))
+
+
+@pytest.mark.parametrize("conv", [nn.ConvTranspose1d(4, 6, 3), nn.Conv2d(4, 6, 3)], ids=lambda conv: type(conv).__name__)
+def test_another_convolution_is_refused_by_name(conv):
+    with pytest.raises(ValueError, match=f"conv is a {type(conv).__name__}; expected a torch.nn.Conv1d"):
+        CausalConv1d.from_conv1d(conv)
+
+
+def test_padding_valid_is_none():
+    assert CausalConv1d.from_conv1d(nn.Conv1d(4, 6, 3, padding="valid")).kernel_size == 3
+
+
+@pytest.mark.parametrize("name", ["in_channels", "out_channels", "kernel_size", "dilation"])
+def test_a_size_below_one_is_refused_by_name(name):
+    sizes = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, name: 0}
+    with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+        CausalConv1d(**sizes)
+
+
+def test_an_unbatched_input_is_refused_with_a_hint(device):
+    with pytest.raises(ValueError, match="unsqueeze"):
+        CausalConv1d(4, 6, 3, device=device)(torch.randn(4, 9, device=device))
+
+
+# ---- the block
+
+ACTIVATIONS = {"relu": nn.ReLU(), "silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_block_is_x_plus_the_activated_convolution(activation, device):
+    block = ResidualCausalBlock(6, 3, dilation=2, activation=activation).to(device)
+    x = torch.randn(2, 9, 6, device=device).mT
+    y = block(x)
+    close(y, x + ACTIVATIONS[activation](block.conv(x)))
+    assert y.stride() == x.stride()
+
+
+def test_an_unknown_activation_is_refused_with_those_allowed():
+    with pytest.raises(ValueError, match=r"activation is 'tanh'; expected one of 'relu', 'silu', 'gelu', 'gelu_tanh'"):
+        ResidualCausalBlock(6, 3, activation="tanh")
+
+
+def test_block_compiles_whole(device):
+    block = ResidualCausalBlock(6, 3, dilation=2).to(device)
+    x = torch.randn(2, 9, 6, device=device).mT
+    close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
