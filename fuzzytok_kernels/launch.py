@@ -1,10 +1,8 @@
 """The launchers: allocate, choose a config, make descriptors and a grid, launch. The same three functions as `reference`, on Triton."""
 
-import functools
 from contextlib import nullcontext
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -12,6 +10,7 @@ from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.transpose import channels_last_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_output, empty_weight, is_channels_last
+from fuzzytok_kernels.support import facts
 from fuzzytok_kernels.tuning import Config, Problem, get_config, rounded_steps
 
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -37,14 +36,14 @@ def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilat
     problem = _problem("causal_conv1d_weight_grad", grad_y, kernel_size, shift, c_in, c_out)
     with _on(x.device):
         config = get_config(_device_index(x.device), problem)
-        n_steps = B * triton.cdiv(T, config.BLOCK_T)
-        n_tiles = kernel_size * triton.cdiv(c_in, config.BLOCK_C_IN) * triton.cdiv(c_out, config.BLOCK_C_OUT)
-        n_splits = max(1, min(n_steps, config.programs_per_sm * _multiprocessors(x.device) // n_tiles))
-        n_weight = grad_weight.numel()
-        partial = x.new_empty((n_splits, n_weight + c_out), dtype=torch.float32)
+        n_steps = B * _cdiv(T, config.BLOCK_T)
+        n_tiles = kernel_size * _cdiv(c_in, config.BLOCK_C_IN) * _cdiv(c_out, config.BLOCK_C_OUT)
+        n_splits = max(1, min(n_steps, config.programs_per_sm * facts(x.device).multiprocessors // n_tiles))
+        n_weight, n_shares = grad_weight.numel(), kernel_size * _cdiv(c_in, config.BLOCK_C_IN)
+        partial = x.new_empty(n_splits * (n_weight + n_shares * c_out), dtype=torch.float32)
         sizes = (B, T, c_in, c_out, shift, n_splits, n_weight)
         blocks = dict(
-            K=kernel_size, PRECISION=_precision(problem), BLOCK_T=config.BLOCK_T, BLOCK_C_IN=config.BLOCK_C_IN,
+            K=kernel_size, PRECISION=_precision(problem, x.device), BLOCK_T=config.BLOCK_T, BLOCK_C_IN=config.BLOCK_C_IN,
             BLOCK_C_OUT=config.BLOCK_C_OUT, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if config.path == "tma":
@@ -52,8 +51,8 @@ def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilat
             weight_grad_tma_kernel[(n_tiles * n_splits,)](*rows, partial, *sizes, **blocks)
         else:
             weight_grad_pointer_kernel[(n_tiles * n_splits,)](grad_y, x, partial, *sizes, *grad_y.stride(), *x.stride(), **blocks)
-        reduce_partials_kernel[(triton.cdiv(n_weight + c_out, 256),)](
-            partial, grad_weight, grad_bias, n_weight, c_out, n_splits, BLOCK=256, num_warps=4
+        reduce_partials_kernel[(_cdiv(n_weight, 128) + _cdiv(c_out, 128),)](
+            partial, grad_weight, grad_bias, n_weight, c_out, n_splits, n_shares, BLOCK=128
         )
     return grad_weight, grad_bias
 
@@ -68,9 +67,9 @@ def _conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, shift: int) -
     problem = _problem(op, x, K, shift, c_in, c_out)
     with _on(x.device):
         config = get_config(_device_index(x.device), problem)
-        n_tiles = B * triton.cdiv(T, config.BLOCK_T) * triton.cdiv(c_out, config.BLOCK_C_OUT)
+        n_tiles = B * _cdiv(T, config.BLOCK_T) * _cdiv(c_out, config.BLOCK_C_OUT)
         blocks = dict(
-            K=K, HAS_BIAS=bias is not None, PRECISION=_precision(problem), BLOCK_T=config.BLOCK_T, BLOCK_C_IN=config.BLOCK_C_IN,
+            K=K, HAS_BIAS=bias is not None, PRECISION=_precision(problem, x.device), BLOCK_T=config.BLOCK_T, BLOCK_C_IN=config.BLOCK_C_IN,
             BLOCK_C_OUT=config.BLOCK_C_OUT, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if config.path == "tma":
@@ -78,7 +77,7 @@ def _conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, shift: int) -
             rows = _rows(x, config.BLOCK_T, config.BLOCK_C_IN)
             last = problem.layout == "last"
             out = _descriptor(y.transpose(1, 2), config.BLOCK_T, config.BLOCK_C_OUT // 2) if last else y
-            programs = min(n_tiles, config.programs_per_sm * _multiprocessors(x.device))
+            programs = min(n_tiles, config.programs_per_sm * facts(x.device).multiprocessors)
             conv_tma_kernel[(programs,)](rows, taps, bias, out, B, T, c_in, c_out, shift, IN_LAST=in_last, Y_CHANNELS_LAST=last, **blocks)
         else:
             conv_pointer_kernel[(n_tiles,)](x, weight, bias, y, T, c_in, c_out, shift, *x.stride(), *weight.stride(), *y.stride(), **blocks)
@@ -92,38 +91,32 @@ def _problem(op: str, x: Tensor, kernel_size: int, shift: int, c_in: int, c_out:
     B, _, T = x.shape
     row = 16 // x.element_size()
     aligned = (
-        _has_descriptors(x.device) and c_in % row == 0 and c_out % row == 0
+        facts(x.device).descriptors and c_in % row == 0 and c_out % row == 0
         and kernel_size * abs(shift) + T < 2**31  # coordinates are 32-bit
     )  # fmt: skip
     layout = "last" if is_channels_last(x) else "first"
-    return Problem(op, _dtype_name(x.dtype), layout, kernel_size, aligned, c_in, c_out, rounded_steps(B * T))
+    return Problem(op, _dtype_name(x), layout, kernel_size, aligned, c_in, c_out, rounded_steps(B * T))
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    if dtype == torch.float32:  # F.conv1d's own switch; `allow_tf32` raises once a user has set this newer one
-        return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "fp32"
-    return _DTYPE_NAMES[dtype]
+def _dtype_name(x: Tensor) -> str:
+    if x.dtype != torch.float32:
+        return _DTYPE_NAMES[x.dtype]
+    # F.conv1d's own switch; its older form, `allow_tf32`, raises once a user has set this newer one.
+    return "tf32" if facts(x.device).tf32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "fp32"
 
 
-def _precision(problem: Problem) -> str:
-    """`input_precision` of the dots: strict fp32 is three TF32 products on NVIDIA's tensor cores."""
-    if problem.dtype != "fp32":
+def _precision(problem: Problem, device: torch.device) -> str:
+    """`input_precision` of the dots, which only fp32 needs: strict fp32 is three TF32 products where tensor cores do those."""
+    if problem.dtype == "tf32":
         return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    return "tf32x3" if problem.dtype == "fp32" and facts(device).tf32 else "ieee"
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes 2 us
 
 
 # ---- the device
-
-
-@functools.cache
-def _has_descriptors(device: torch.device) -> bool:
-    """Hopper and newer; the interpreter has them too. Ampere's and CDNA's are emulated, and not pipelined."""
-    return device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _device_index(device: torch.device) -> int:
@@ -172,6 +165,6 @@ def _channels_last(x: Tensor) -> Tensor:
     """A contiguous (B, T, C) copy of x (B, C, T): 24 us for (32, 256, 2048) in bf16 on an H100, where PyTorch's own copy takes 114."""
     B, channels, T = x.shape
     rows = x.new_empty((B, T, channels))
-    grid = (B * triton.cdiv(T, 64) * triton.cdiv(channels, 64),)
+    grid = (B * _cdiv(T, 64) * _cdiv(channels, 64),)
     channels_last_kernel[grid](x, rows, T, channels, *x.stride(), BLOCK_T=64, BLOCK_C=64)
     return rows

@@ -1,10 +1,34 @@
-"""Which devices the Triton kernels run well on."""
+"""What devices can do."""
 
 import functools
 import importlib.util
 import warnings
+from typing import NamedTuple
 
 import torch
+
+
+class Facts(NamedTuple):
+    """What the launchers need to know of a device."""
+
+    multiprocessors: int
+    descriptors: bool  # whether tensor descriptors are worth using: Ampere's and CDNA's are emulated, and not pipelined
+    tf32: bool  # whether its tensor cores do TF32
+
+
+cpu_facts = Facts(multiprocessors=2, descriptors=True, tf32=False)  # the interpreter's; `tuning.compile` puts another GPU's here
+
+
+def facts(device: torch.device) -> Facts:
+    """The facts of `device`."""
+    return cpu_facts if device.type == "cpu" else _gpu_facts(device)
+
+
+@functools.cache
+def _gpu_facts(device: torch.device) -> Facts:
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    return Facts(properties.multi_processor_count, descriptors=nvidia and properties.major >= 9, tf32=nvidia)
 
 
 @functools.cache

@@ -7,8 +7,10 @@ both ops. Here `c_in` are the channels summed over and `c_out` those produced; `
 import triton
 import triton.language as tl
 
+from fuzzytok_kernels.kernels.dot import dot
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["B", "shift"])
 def conv_tma_kernel(
     x, weight, bias, y, B, T, c_in, c_out, shift,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, IN_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -32,7 +34,7 @@ def conv_tma_kernel(
                 tap = weight.load([k, co, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
             else:
                 tap = weight.load([k, ci, co]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
-            acc = tl.dot(rows, tap, acc, input_precision=PRECISION)  # [T, C_out]
+            acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
         if HAS_BIAS:
             o = co + tl.arange(0, BLOCK_C_OUT)
             acc += tl.load(bias + o, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
@@ -47,7 +49,7 @@ def conv_tma_kernel(
             tl.store(out, acc.to(y.dtype.element_ty), mask=(steps < T)[:, None] & (o < c_out)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def conv_pointer_kernel(
     x, weight, bias, y, T, c_in, c_out, shift,
     stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_yb, stride_yc, stride_yt,
@@ -77,7 +79,7 @@ def conv_pointer_kernel(
                 mask=(c < c_in)[:, None] & (o < c_out)[None, :],
                 other=0.0,
             )
-            acc = tl.dot(rows, tap, acc, input_precision=PRECISION)  # [T, C_out]
+            acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
     if HAS_BIAS:
         acc += tl.load(bias + o, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
     out = y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc
