@@ -1,0 +1,48 @@
+"""The switches of the tests: where they run (modes.py), on which dtypes, on which of the two kernel paths."""
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it set where oracle.py asks for deterministic algorithms
+
+import pytest
+import torch
+from modes import DEVICE, DTYPES, KERNELS_RUN, ON_CUDA, STRICT
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    if ON_CUDA and not torch.cuda.is_available():
+        pytest.exit("FUZZYTOK_TEST_DEVICE=cuda, but PyTorch sees no GPU", returncode=2)
+    return DEVICE
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def strict_dtype():
+    """fp64 where the ops have it, else fp32 without TF32."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield STRICT
+
+
+@pytest.fixture(params=["tma", "pointer"] if KERNELS_RUN else ["reference"])
+def path(request):
+    """Runs a test on both kernel paths, or once where the reference computes."""
+    if not KERNELS_RUN:
+        yield request.param
+        return
+    from fuzzytok_kernels import tuning
+
+    with tuning.force(path=request.param):
+        yield request.param

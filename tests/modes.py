@@ -1,0 +1,38 @@
+"""The three ways to run the tests: plain CPU, `TRITON_INTERPRET=1` (CPU tensors reach the kernels), `FUZZYTOK_TEST_DEVICE=cuda`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICE = torch.device(os.environ.get("FUZZYTOK_TEST_DEVICE", "cpu"))
+ON_CUDA = DEVICE.type == "cuda"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS_RUN = ON_CUDA or INTERPRETED
+
+if ON_CUDA:
+    DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+elif INTERPRETED:
+    DTYPES = [torch.float32, torch.float16]  # bf16 left out: the interpreter's tl.dot returns garbage for it
+else:
+    DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the autocast dtype
+STRICT = torch.float32 if KERNELS_RUN else torch.float64  # the dtype in which two correct results are close
+
+needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="the kernels run on CUDA or with TRITON_INTERPRET=1")
+needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="needs FUZZYTOK_TEST_DEVICE=cuda")
+needs_two_gpus = pytest.mark.skipif(not ON_CUDA or torch.cuda.device_count() < 2, reason="needs two GPUs")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="fp64, which the kernels lack, or more programs than the interpreter gets through")
+
+
+def run_python(code: str, **environment: str) -> None:
+    """Runs `code`, which sees the package and the helpers of the tests, in a plain process of its own."""
+    tests = Path(__file__).parent
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment)
+    assert result.returncode == 0, result.stderr

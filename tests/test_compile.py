@@ -1,0 +1,66 @@
+"""torch.compile and torch.export: one graph for all sizes, the same numbers."""
+
+import pytest
+import torch
+from modes import HALF, ON_CUDA
+from oracle import assert_same_bits
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fuzzytok_kernels import causal_conv1d
+
+BACKEND = "inductor" if ON_CUDA else "aot_eager"  # on the CPU, Inductor itself recompiles convolutions
+SIZES = [(2, 32), (3, 33), (5, 5), (4, 64), (7, 129), (2, 3)]  # of (B, T), from below the history to well above it
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(16, 8, 3) / 5, torch.randn(8, 16, 2) / 5])
+        self.bias = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return causal_conv1d(causal_conv1d(x, self.weights[0], self.bias, dilation=4).relu(), self.weights[1], dilation=2)
+
+
+@pytest.fixture
+def net(device) -> Net:
+    torch._dynamo.reset()
+    return Net().to(device)
+
+
+def _x(B: int, T: int, layout: str, device: torch.device) -> torch.Tensor:
+    x = torch.randn(B, T, 8, device=device).mT if layout == "channels-last" else torch.randn(B, 8, T, device=device)
+    return x.requires_grad_()
+
+
+def _run(f, net: Net, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    y = f(x)
+    return {"y": y.detach(), **dict(enumerate(torch.autograd.grad(y.square().sum(), [x, *net.parameters()])))}
+
+
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+def test_compiles_once_for_all_sizes(layout, net, device):
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for B, T in SIZES:
+            x = _x(B, T, layout, device)
+            assert_same_bits(_run(compiled, net, x), _run(net, net, x))
+    assert counter.frame_count == 1
+
+
+def test_compiles_under_autocast(net, device):
+    compiled = torch.compile(net, fullgraph=True, backend=BACKEND)
+    x = _x(2, 32, "channels-last", device)
+    with torch.autocast(device.type, dtype=HALF):
+        got, want = _run(compiled, net, x), _run(net, net, x)
+    assert got["y"].dtype == HALF
+    assert_same_bits(got, want)
+
+
+def test_exports_with_dynamic_sizes(net, device):
+    sizes = {0: torch.export.Dim("B"), 2: torch.export.Dim("T")}
+    exported = torch.export.export(net, (_x(2, 32, "channels-first", device),), dynamic_shapes=(sizes,)).module()
+    x = _x(5, 19, "channels-first", device)
+    assert torch.equal(exported(x), net(x))

@@ -1,0 +1,72 @@
+"""Where the ops run: GPUs that Triton cannot use well, threads, processes without a GPU."""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from modes import ON_CUDA, needs_cuda, run_python
+from oracle import OPS, Problem, assert_same_bits, make_inputs, ours, with_gradients
+
+from fuzzytok_kernels import ops, reference, support
+
+PROBLEM = Problem(B=2, c_in=16, c_out=24, T=37, K=3, d=4)
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """As if every GPU were a Turing, which gets no tensor cores from Triton."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old GPU")
+    caches = (support.runs_triton, ops._backend)
+    for cached in caches:
+        cached.cache_clear()
+    yield torch.device("cuda:0")
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_old_gpu_runs_the_reference_with_one_warning(old_gpu):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [ops._backend(old_gpu) for _ in range(3)] == [reference] * 3
+        assert not support.runs_triton(old_gpu)
+        if ON_CUDA:
+            inputs = make_inputs(PROBLEM, torch.float16, old_gpu)
+            for op in OPS:
+                want = getattr(reference, op)(*inputs.args(op))
+                torch.testing.assert_close(OPS[op](*inputs.args(op)), want)
+    assert [("Old GPU" in str(warning.message), warning.category) for warning in caught] == [(True, UserWarning)]
+
+
+@needs_cuda
+def test_this_gpu_runs_the_kernels(device):
+    from fuzzytok_kernels import launch
+
+    assert ops._backend(torch.device("cuda:0")) is launch
+
+
+def test_without_triton_the_reference(monkeypatch, device):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert support.runs_triton.__wrapped__(device) is False
+
+
+CALL = "fuzzytok_kernels.causal_conv1d(torch.ones(1, 1, 2), torch.ones(1, 1, 1))"
+
+
+@pytest.mark.parametrize(("call", "then"), [("", "'triton' not in sys.modules"), (CALL, "True")], ids=["import", "call"])
+def test_import_needs_no_gpu(call, then):
+    """Neither import nor call touches CUDA, and the import alone leaves Triton out."""
+    code = f"import sys, torch, fuzzytok_kernels\n{call}\nassert {then} and not torch.cuda.is_initialized()"
+    run_python(code, CUDA_VISIBLE_DEVICES="")
+
+
+def test_threads(device, path):
+    """Eight at once, backward included, each with the bits of the first."""
+    inputs = make_inputs(PROBLEM, torch.float32, device)
+    want = ours(inputs)
+
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: with_gradients(OPS["causal_conv1d"], inputs), range(16)):
+            assert_same_bits(got, want)
