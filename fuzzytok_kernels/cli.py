@@ -1,0 +1,22 @@
+"""The `fuzzytok` command: the name of a sub-command, then that sub-command's own arguments."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+# A sub-command's module has a main(arguments) -> exit status, and is imported only when it is asked for.
+_COMMANDS = {"demo": ("fuzzytok_kernels.demo", "train FuzzyTokenizer on a text, here and now, and show what it does")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit status; `arguments` are those of the process if None."""
+    parser = argparse.ArgumentParser(
+        prog="fuzzytok",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name:<8} {summary}" for name, (_, summary) in _COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=_COMMANDS, help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; `fuzzytok COMMAND --help` lists them")
+    chosen = parser.parse_args(arguments)
+    module, _ = _COMMANDS[chosen.command]
+    return importlib.import_module(module).main(chosen.arguments)
