@@ -2,13 +2,16 @@
 
 from typing import NamedTuple
 
+DTYPES = ("bf16", "fp16", "tf32", "fp32")  # "fp32" where PyTorch's switches ask for strict fp32, else "tf32"
+LAYOUTS = ("last", "first")
+
 
 class Problem(NamedTuple):
     """One problem of one op. All fields but the last three match exactly, those by distance; dilation is no field, for it costs nothing."""
 
     op: str  # the name under torch.ops.fuzzytok
-    dtype: str  # "fp16", "bf16", "tf32", or "fp32" where PyTorch's switches ask for strict fp32
-    layout: str  # "last" or "first": how the op's first argument lies in memory
+    dtype: str  # of DTYPES
+    layout: str  # of LAYOUTS: how the op's first argument lies in memory
     kernel_size: int
     aligned: bool  # whether descriptors can read it: the hardware has them and rows are multiples of 16 bytes
     c_in: int

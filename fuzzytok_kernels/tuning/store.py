@@ -1,0 +1,264 @@
+"""The tuning files: one JSON file for each GPU and op, one winner a line. What cannot be trusted is never used, and never raises."""
+
+import ast
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fuzzytok_kernels.tuning.gpu import Gpu, versions
+from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, Problem
+from fuzzytok_kernels.tuning.space import Config
+
+SCHEMA = 1
+
+# The files under kernels/ whose functions an op launches: a change in them makes its stored winners a miss.
+KERNELS = {
+    "causal_conv1d": ("conv.py", "dot.py", "transpose.py"),
+    "causal_conv1d_input_grad": ("conv.py", "dot.py", "transpose.py"),
+    "causal_conv1d_weight_grad": ("weight_grad.py", "dot.py", "transpose.py"),
+}
+
+# What a stored config may say. A change here, or in the fields of Config or Problem, makes every stored winner a miss.
+_BLOCKS = (16, 32, 64, 128, 256)
+_RANGES: dict[str, Any] = {
+    "path": ("tma", "pointer"),
+    "BLOCK_T": _BLOCKS,
+    "BLOCK_C_IN": _BLOCKS,
+    "BLOCK_C_OUT": _BLOCKS,
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": range(1, 9),
+    "programs_per_sm": range(1, 33),
+}
+
+_PROBLEM_FIELDS = [name for name in Problem._fields if name != "op"]  # the file says the op once
+_warned: set[Path] = set()
+
+
+class Entry(NamedTuple):
+    """One winner: a line of a file."""
+
+    problem: Problem
+    config: Config
+    time_us: float | None = None  # None: chosen for a whole architecture, never measured
+    default_us: float | None = None
+    shared: int | None = None  # bytes of shared memory that its program takes; None: not known
+
+
+def path_of(directory: Path, gpu: Gpu, op: str) -> Path:
+    """Where the winners of `op` on `gpu` lie below `directory`."""
+    return directory / gpu.arch / gpu.slug / f"{op}.json"
+
+
+def read(path: Path, gpu: Gpu, op: str) -> tuple[list[Entry], str | None]:
+    """The entries that `gpu` can run, and why others, or all of them, are refused; never raises.
+
+    A file for other kernels, another search space or another architecture is refused silently, a broken one with one warning.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        differences = _differences(content, gpu, op)
+        if differences:
+            return [], "\n".join(differences)
+        return _usable(path, content, gpu, op)
+    except FileNotFoundError:
+        return [], "no such file"
+    except (OSError, ValueError, RecursionError) as error:
+        return [], _broken(path, str(error))
+
+
+def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured: Mapping[str, Any]) -> Path:
+    """Add `entries` to the file of `gpu` and `op` below `directory`, each in place of an older one of its problem; return its path.
+
+    Safe against other processes that merge at the same time and against being killed. A file that holds anything that `read` refuses
+    is kept beside the new one as `.bad`. `measured` says how the times were taken. Raises OSError if the folder cannot be written, and
+    ValueError if an entry is one that `read` would refuse.
+    """
+    from filelock import FileLock
+
+    entries = list(entries)
+    for entry in entries:
+        _parsed(json.loads(_line(entry)), op)
+    path = path_of(directory, gpu, op)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{op}.lock")):
+            kept, refusal = read(path, gpu, op)
+            if refusal and path.exists():
+                _keep_aside(path, refusal, whole=not kept)
+            merged = {entry.problem: entry for entry in [*kept, *entries]}
+            _write(path, gpu, op, merged.values(), measured)
+    except OSError as error:
+        raise OSError(f"tuning results cannot be stored in {path.parent}: {error}; name a folder that can be written") from error
+    return path
+
+
+def nearest(entries: Iterable[Entry], problem: Problem) -> Entry | None:
+    """The entry for `problem`, or the nearest one that is equal in all but C_in, C_out and B*T; None if there is none."""
+    alike = [entry for entry in entries if entry.problem[:-3] == problem[:-3]]
+    return min(alike, key=lambda entry: (distance(entry.problem, problem), entry.problem), default=None)
+
+
+def distance(a: Problem, b: Problem) -> float:
+    """How many doublings lie between the sizes of two problems."""
+    return math.dist([math.log2(size) for size in a[-3:]], [math.log2(size) for size in b[-3:]])
+
+
+def in_space(op: str, config: Config) -> bool:
+    """True if every field of `config` is one that the kernels of `op` can be told."""
+    return all(type(value) in (int, str) and value in _RANGES[name] for name, value in config._asdict().items())
+
+
+# ---- hashes
+
+
+@functools.cache
+def kernel_hash(op: str) -> str:
+    """A hash of the kernels of `op` and what they call, blind to comments, docstrings, formatting and Python's version."""
+    folder = Path(__file__).parents[1] / "kernels"
+    return _hash("\n".join(_normalised(ast.parse((folder / name).read_text("utf-8"))) for name in KERNELS[op]))
+
+
+@functools.cache
+def space_hash(op: str) -> str:
+    """A hash of what an entry's fields are and may say."""
+    return _hash(repr((op, Problem._fields, Config._fields, [(name, tuple(values)) for name, values in _RANGES.items()])))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _normalised(node: Any) -> str:
+    """The syntax tree as text. Not ast.dump or ast.unparse, whose results differ from one Python to the next."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_normalised, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+        fields = [(name, value[1:] if name == "body" else value) for name, value in fields]
+    return f"{type(node).__name__}({','.join(f'{name}={_normalised(value)}' for name, value in fields)})"
+
+
+# ---- what can be trusted
+
+
+def _differences(content: dict, gpu: Gpu, op: str) -> list[str]:
+    """How a file is not of this version, op and architecture."""
+    if content.get("schema") != SCHEMA:
+        return [f"schema is {content.get('schema')!r}, expected {SCHEMA}"]
+    if not isinstance(content.get("gpu"), dict):
+        raise ValueError(f"gpu is {content.get('gpu')!r}, expected an object")
+    pairs = {
+        "op": (content.get("op"), op),
+        "arch": (content["gpu"].get("arch"), gpu.arch),
+        "kernel_hash": (content.get("kernel_hash"), kernel_hash(op)),
+        "space_hash": (content.get("space_hash"), space_hash(op)),
+    }
+    return [f"{name} is {had!r}, expected {expected!r}" for name, (had, expected) in pairs.items() if had != expected]
+
+
+def _usable(path: Path, content: dict, gpu: Gpu, op: str) -> tuple[list[Entry], str | None]:
+    if not isinstance(content.get("entries"), list):
+        raise ValueError("entries is no list")
+    theirs = content["gpu"].get("shared_memory")
+    if type(theirs) is not int:
+        raise ValueError(f"gpu.shared_memory is {theirs!r}, expected an integer")
+    usable, broken, too_large = [], [], []
+    for number, fields in enumerate(content["entries"], 1):
+        try:
+            entry = _parsed(fields, op)
+        except ValueError as error:
+            broken.append(f"entry {number}: {error}")
+            continue
+        needed = theirs if entry.shared is None else entry.shared
+        if needed > gpu.shared_memory:
+            too_large.append(f"entry {number}: shared memory is {needed:,} bytes, expected at most {gpu.shared_memory:,}")
+        else:
+            usable.append(entry)
+    if broken:
+        _broken(path, "; ".join(broken))
+    return usable, "\n".join(broken + too_large) or None
+
+
+def _parsed(fields: Any, op: str) -> Entry:
+    """An entry from its line. Raises ValueError with the field, what it is and what was expected."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{fields!r}, expected an object")
+    names = {*_PROBLEM_FIELDS, *Config._fields, *Entry._fields[2:]}
+    if fields.keys() != names:
+        raise ValueError(f"fields missing or unknown: {', '.join(sorted(names ^ fields.keys()))}")
+    problem = Problem(op, *(fields[name] for name in _PROBLEM_FIELDS))
+    config = Config(*(fields[name] for name in Config._fields))
+    _expect(fields, "dtype", "one of " + ", ".join(DTYPES), problem.dtype in DTYPES)
+    _expect(fields, "layout", "one of " + ", ".join(LAYOUTS), problem.layout in LAYOUTS)
+    _expect(fields, "aligned", "true or false", type(problem.aligned) is bool)
+    for name in ("kernel_size", "c_in", "c_out", "steps"):
+        _expect(fields, name, "a positive integer", type(fields[name]) is int and fields[name] > 0)
+    if not in_space(op, config):
+        raise ValueError(f"{config} is outside the search space")
+    _expect(fields, "path", "pointer, for the problem is not aligned", config.path == "pointer" or problem.aligned)
+    for name in ("time_us", "default_us"):
+        time = fields[name]
+        _expect(fields, name, "a positive number or null", time is None or (type(time) in (int, float) and 0 < time < math.inf))
+    _expect(
+        fields, "shared", "a number of bytes or null", fields["shared"] is None or (type(fields["shared"]) is int and fields["shared"] >= 0)
+    )
+    return Entry(problem, config, fields["time_us"], fields["default_us"], fields["shared"])
+
+
+def _expect(fields: dict, name: str, expected: str, met: bool) -> None:
+    if not met:
+        raise ValueError(f"{name} is {fields[name]!r}, expected {expected}")
+
+
+def _broken(path: Path, why: str) -> str:
+    if path not in _warned:
+        _warned.add(path)
+        warnings.warn(f"fuzzytok_kernels ignores what is broken in the tuning file {path}: {why}", stacklevel=2)
+    return why
+
+
+# ---- writing
+
+
+def _keep_aside(path: Path, refusal: str, whole: bool) -> None:
+    """Keep a file that is about to be replaced; only a copy, if some of its entries live on and must outlast a kill."""
+    aside = path.with_name(f"{path.name}.bad")
+    (os.replace if whole else shutil.copyfile)(path, aside)
+    warnings.warn(f"fuzzytok_kernels keeps the former {path} as {aside.name}: {refusal}", stacklevel=3)
+
+
+def _write(path: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured: Mapping[str, Any]) -> None:
+    """Replace the file in one step. Call it under the lock."""
+    header = {
+        "schema": SCHEMA,
+        "op": op,
+        "gpu": gpu._asdict(),
+        "versions": versions(),
+        "kernel_hash": kernel_hash(op),
+        "space_hash": space_hash(op),
+        "measured": dict(measured),
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in header.items()]
+    text = "\n".join(["{", *lines, '  "entries": [', ",\n".join(f"    {_line(entry)}" for entry in sorted(entries)), "  ]", "}", ""])
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _line(entry: Entry) -> str:
+    fields = {**entry.problem._asdict(), **entry.config._asdict(), **dict(zip(Entry._fields[2:], entry[2:], strict=True))}
+    return json.dumps({name: value for name, value in fields.items() if name != "op"})
