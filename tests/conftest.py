@@ -6,7 +6,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it s
 
 import pytest
 import torch
-from modes import DEVICE, DTYPES, KERNELS_RUN, ON_CUDA, STRICT
+from modes import DEVICE, DTYPES, KERNELS_RUN, ON_CUDA, SIZES, STRICT
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -29,11 +29,21 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(params=SIZES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype_of_each_size(request) -> torch.dtype:
+    return request.param
+
+
 @pytest.fixture
-def strict_dtype():
-    """fp64 where the ops have it, else fp32 without TF32."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield STRICT
+def strict(monkeypatch) -> None:
+    """fp32 without TF32. By the old name: PyTorch refuses to read it once the new one has been set."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def strict_dtype(strict) -> torch.dtype:
+    """The dtype in which two correct results are close."""
+    return STRICT
 
 
 @pytest.fixture(params=["tma", "pointer"] if KERNELS_RUN else ["reference"])

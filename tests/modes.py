@@ -20,13 +20,17 @@ elif INTERPRETED:
 else:
     DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
+SIZES = DTYPES if not ON_CUDA else [torch.float16, torch.float32]  # one dtype of each size: what addressing depends on
 HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the autocast dtype
-STRICT = torch.float32 if KERNELS_RUN else torch.float64  # the dtype in which two correct results are close
+STRICT = torch.float32 if KERNELS_RUN else torch.float64
 
 needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="the kernels run on CUDA or with TRITON_INTERPRET=1")
 needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="needs FUZZYTOK_TEST_DEVICE=cuda")
 needs_two_gpus = pytest.mark.skipif(not ON_CUDA or torch.cuda.device_count() < 2, reason="needs two GPUs")
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="fp64, which the kernels lack, or more programs than the interpreter gets through")
+
+
+def not_interpreted(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(INTERPRETED, reason=reason)
 
 
 def run_python(code: str, **environment: str) -> None:

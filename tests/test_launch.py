@@ -59,11 +59,11 @@ CONFIGS = {
 @needs_kernels
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("problem", [ALIGNED, ODD], ids=["aligned", "odd"])
-def test_configs(problem, config, dtype, device, path):
+def test_configs(problem, config, dtype_of_each_size, device, path):
     """Any config gives right numbers, and the same ones at every call."""
     from fuzzytok_kernels import tuning
 
-    inputs = make_inputs(problem, dtype, device, x="channels-last", grad_y="channels-last")
+    inputs = make_inputs(problem, dtype_of_each_size, device, x="channels-last", grad_y="channels-last")
     with tuning.force(path=path, **config):
         assert_same_bits(ours(inputs), assert_accurate(inputs))
 
@@ -73,10 +73,9 @@ def test_configs(problem, config, dtype, device, path):
 
 @needs_cuda
 @pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
-def test_strict_fp32(layout, device, path):
+def test_strict_fp32(layout, strict, device, path):
     inputs = make_inputs(Problem(B=4, c_in=128, c_out=96, T=300, K=3, d=4), torch.float32, device, x=layout, grad_y=layout)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        assert_accurate(inputs)
+    assert_accurate(inputs)
 
 
 @needs_cuda
