@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="fuzzytok demo", description=__doc__)
     parser.add_argument("--file", type=Path, help="what to train on, any bytes; Python's own help texts if not given")
     parser.add_argument("--text", default="Naïve café: 日本語, ünïcödé and typoos are bytes like any other.", help="a line to encode")
-    parser.add_argument("--seconds", type=float, default=45, help="how long to train at most (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=40, help="how long to train at most (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -80,7 +80,7 @@ def test_a_model_that_fails_the_causality_check_fails_the_demo(broken, said, sma
     assert said in out
 
 
-def test_held_out_bits_do_not_depend_on_the_chunks(device):
+def test_held_out_bits_do_not_depend_on_the_chunks():
     tokenizer = FuzzyTokenizer(dim=16)
     model = nn.Sequential(tokenizer, nn.Linear(16, 256))
     ids = torch.randint(256, (500,), dtype=torch.uint8)
