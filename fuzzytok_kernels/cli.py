@@ -5,7 +5,11 @@ import importlib
 from collections.abc import Sequence
 
 # A sub-command's module has a main(arguments) -> exit status, and is imported only when it is asked for.
-_COMMANDS = {"demo": ("fuzzytok_kernels.demo", "train FuzzyTokenizer on a text, here and now, and show what it does")}
+_COMMANDS = {
+    "demo": ("fuzzytok_kernels.demo", "train FuzzyTokenizer on a text, here and now, and show what it does"),
+    "explain": ("fuzzytok_kernels.tuning.explain", "which tuning file and entry serves a problem, and why the others do not"),
+    "info": ("fuzzytok_kernels.tuning.info", "GPUs, versions, folders of tuning files, and how many entries apply here"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

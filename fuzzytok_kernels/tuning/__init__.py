@@ -1,26 +1,30 @@
 """Which config a problem runs with."""
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+from fuzzytok_kernels.tuning import lookup
 from fuzzytok_kernels.tuning.problem import Problem, rounded_steps
 from fuzzytok_kernels.tuning.space import Config, default_config
 
-__all__ = ["Config", "Problem", "force", "get_config", "rounded_steps"]
+__all__ = ["Config", "Problem", "force", "forget", "get_config", "record_problems", "rounded_steps"]
 
 _configs: dict[tuple[int, Problem], Config] = {}  # by device index
+_warm = _configs  # what a warm call reads: _configs, or nothing while configs are forced or problems recorded
 _forced: dict[str, Any] = {}  # a module variable, not a context variable: the backward runs in a thread of its own
+_recordings: list[set[Problem]] = []
+_lock = threading.RLock()  # one thread at a time looks up, and tunes
 
 
 def get_config(device: int, problem: Problem) -> Config:
-    """The config that `problem` runs with on GPU number `device`."""
-    if _forced:
-        return _forced_config(problem)
-    config = _configs.get((device, problem))
-    if config is None:
-        config = _configs[device, problem] = default_config(problem)
-    return config
+    """The config that `problem` runs with on GPU number `device`; -1 is the CPU, where the interpreter runs the kernels.
+
+    Its first call for a problem may read files, later calls only a table.
+    """
+    return _warm.get((device, problem)) or _look_up(device, problem)
 
 
 @contextlib.contextmanager
@@ -31,10 +35,49 @@ def force(config: Config | None = None, **fields: Any) -> Iterator[None]:
     """
     global _forced
     before, _forced = _forced, {**(config._asdict() if config else {}), **fields}
+    _watch()
     try:
         yield
     finally:
         _forced = before
+        _watch()
+
+
+@contextlib.contextmanager
+def record_problems() -> Iterator[set[Problem]]:
+    """Collect every problem that runs inside, in all threads."""
+    problems: set[Problem] = set()
+    _recordings.append(problems)
+    _watch()
+    try:
+        yield problems
+    finally:
+        _recordings[:] = [recording for recording in _recordings if recording is not problems]
+        _watch()
+
+
+def forget() -> None:
+    """Look every problem up again at its next call, in files read again."""
+    with _lock:
+        _configs.clear()
+        lookup.forget()
+
+
+def _watch() -> None:
+    global _warm
+    _warm = {} if _forced or _recordings else _configs
+
+
+def _look_up(device: int, problem: Problem) -> Config:
+    for problems in _recordings:
+        problems.add(problem)
+    if _forced:
+        return _forced_config(problem)
+    with _lock:
+        config = _configs.get((device, problem))
+        if config is None:
+            config = _configs[device, problem] = lookup.find(device, problem)
+        return config
 
 
 def _forced_config(problem: Problem) -> Config:
@@ -42,3 +85,11 @@ def _forced_config(problem: Problem) -> Config:
     if path == "tma" and not problem.aligned:
         return default_config(problem)
     return default_config(problem, path)._replace(**_forced)
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that the fork left behind may hold the old one
+
+
+os.register_at_fork(after_in_child=_renew_lock)

@@ -31,6 +31,11 @@ class Gpu(NamedTuple):
         """The name as a folder's: "nvidia_h100_80gb_hbm3"."""
         return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
 
+    @property
+    def descriptors(self) -> bool:
+        """Whether its tensor descriptors are worth using: `support.facts` for a GPU that need not be here."""
+        return self.arch.startswith("sm") and int(self.arch[2:]) >= 90
+
     def __str__(self) -> str:
         return f"{self.name} ({self.arch}, {self.sm_count} multiprocessors, {self.shared_memory:,} bytes of shared memory a program)"
 

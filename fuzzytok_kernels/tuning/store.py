@@ -49,6 +49,7 @@ class Entry(NamedTuple):
     time_us: float | None = None  # None: chosen for a whole architecture, never measured
     default_us: float | None = None
     shared: int | None = None  # bytes of shared memory that its program takes; None: not known
+    tried: int | None = None  # how many candidates it was chosen from
 
 
 def path_of(directory: Path, gpu: Gpu, op: str) -> Path:
@@ -73,6 +74,14 @@ def read(path: Path, gpu: Gpu, op: str) -> tuple[list[Entry], str | None]:
         return [], "no such file"
     except (OSError, ValueError, RecursionError) as error:
         return [], _broken(path, str(error))
+
+
+def header(path: Path) -> tuple[Gpu, dict[str, Any]]:
+    """The GPU and the versions of the file at `path`, whatever its entries. Raises OSError or ValueError."""
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("versions"), dict):
+        raise ValueError(f"{path} is no tuning file")
+    return _gpu(content), content["versions"]
 
 
 def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured: Mapping[str, Any]) -> Path:
@@ -156,23 +165,26 @@ def _differences(content: dict, gpu: Gpu, op: str) -> list[str]:
     """How a file is not of this version, op and architecture."""
     if content.get("schema") != SCHEMA:
         return [f"schema is {content.get('schema')!r}, expected {SCHEMA}"]
-    if not isinstance(content.get("gpu"), dict):
-        raise ValueError(f"gpu is {content.get('gpu')!r}, expected an object")
     pairs = {
         "op": (content.get("op"), op),
-        "arch": (content["gpu"].get("arch"), gpu.arch),
+        "arch": (_gpu(content).arch, gpu.arch),
         "kernel_hash": (content.get("kernel_hash"), kernel_hash(op)),
         "space_hash": (content.get("space_hash"), space_hash(op)),
     }
     return [f"{name} is {had!r}, expected {expected!r}" for name, (had, expected) in pairs.items() if had != expected]
 
 
+def _gpu(content: dict) -> Gpu:
+    """Raises ValueError unless the file says what it was measured on."""
+    fields = content.get("gpu")
+    if not isinstance(fields, dict) or [type(fields.get(name)) for name in Gpu._fields] != [str, str, int, int]:
+        raise ValueError(f"gpu is {fields!r}, expected its {', '.join(Gpu._fields)}")
+    return Gpu(*(fields[name] for name in Gpu._fields))
+
+
 def _usable(path: Path, content: dict, gpu: Gpu, op: str) -> tuple[list[Entry], str | None]:
     if not isinstance(content.get("entries"), list):
         raise ValueError("entries is no list")
-    theirs = content["gpu"].get("shared_memory")
-    if type(theirs) is not int:
-        raise ValueError(f"gpu.shared_memory is {theirs!r}, expected an integer")
     usable, broken, too_large = [], [], []
     for number, fields in enumerate(content["entries"], 1):
         try:
@@ -180,7 +192,7 @@ def _usable(path: Path, content: dict, gpu: Gpu, op: str) -> tuple[list[Entry], 
         except ValueError as error:
             broken.append(f"entry {number}: {error}")
             continue
-        needed = theirs if entry.shared is None else entry.shared
+        needed = _gpu(content).shared_memory if entry.shared is None else entry.shared
         if needed > gpu.shared_memory:
             too_large.append(f"entry {number}: shared memory is {needed:,} bytes, expected at most {gpu.shared_memory:,}")
         else:
@@ -210,10 +222,9 @@ def _parsed(fields: Any, op: str) -> Entry:
     for name in ("time_us", "default_us"):
         time = fields[name]
         _expect(fields, name, "a positive number or null", time is None or (type(time) in (int, float) and 0 < time < math.inf))
-    _expect(
-        fields, "shared", "a number of bytes or null", fields["shared"] is None or (type(fields["shared"]) is int and fields["shared"] >= 0)
-    )
-    return Entry(problem, config, fields["time_us"], fields["default_us"], fields["shared"])
+    for name in ("shared", "tried"):
+        _expect(fields, name, "a natural number or null", fields[name] is None or (type(fields[name]) is int and fields[name] >= 0))
+    return Entry(problem, config, *(fields[name] for name in Entry._fields[2:]))
 
 
 def _expect(fields: dict, name: str, expected: str, met: bool) -> None:
@@ -260,5 +271,10 @@ def _write(path: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured: Ma
 
 
 def _line(entry: Entry) -> str:
-    fields = {**entry.problem._asdict(), **entry.config._asdict(), **dict(zip(Entry._fields[2:], entry[2:], strict=True))}
+    rest = {name: _rounded(value) for name, value in entry._asdict().items() if name not in ("problem", "config")}
+    fields = {**entry.problem._asdict(), **entry.config._asdict(), **rest}
     return json.dumps({name: value for name, value in fields.items() if name != "op"})
+
+
+def _rounded(value: float | None) -> float | None:
+    return float(f"{value:.4g}") if isinstance(value, float) else value  # what is beyond is noise
