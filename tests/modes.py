@@ -29,8 +29,11 @@ needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="needs FUZZYTOK_TEST_DEVICE=
 needs_two_gpus = pytest.mark.skipif(not ON_CUDA or torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def not_interpreted(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(INTERPRETED, reason=reason)
+def interpreter_cannot(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(INTERPRETED, reason=f"interpreter: {reason}")
+
+
+not_interpreted = interpreter_cannot("no kernel takes part, so that the plain run covers it")
 
 
 def run_python(code: str, **environment: str) -> None:

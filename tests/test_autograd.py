@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from modes import HALF, INTERPRETED, KERNELS_RUN, needs_cuda, not_interpreted
+from modes import HALF, INTERPRETED, KERNELS_RUN, interpreter_cannot, needs_cuda
 from oracle import LAYOUTS, OPS, Problem, assert_same_bits, conv1d, make_inputs, ours, randn, with_gradients
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -28,7 +28,7 @@ def test_opcheck(op, layout, bias, device, path):
     torch.library.opcheck(OPS[op], args, test_utils=tests)
 
 
-@not_interpreted("fp64, which the kernels lack")
+@interpreter_cannot("fp64, which the kernels lack")
 @each_layout
 @each_op
 def test_gradcheck_and_gradgradcheck(op, layout):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from modes import KERNELS_RUN, needs_cuda, not_interpreted
+from modes import KERNELS_RUN, interpreter_cannot, needs_cuda
 from oracle import (
     LAYOUTS,
     OPS,
@@ -80,13 +80,13 @@ def test_long(problem, layout, dtype, device, path):
     assert_accurate(make_inputs(problem, dtype, device, x=layout, grad_y=layout))
 
 
-@not_interpreted("the interpreter's grids have no limits, and it takes minutes")
+@interpreter_cannot("its grids have no limits, and this takes it minutes")
 @table(WIDE)
 def test_more_than_65535_channels(problem, device, path):
     assert_accurate(make_inputs(problem, torch.float16 if KERNELS_RUN else torch.float32, device, "channels-last", "channels-last"))
 
 
-@not_interpreted("the interpreter's grids have no limits, and it takes minutes")
+@interpreter_cannot("its grids have no limits, and this takes it minutes")
 @table(WIDE_BATCH)
 def test_more_than_65535_rows(problem, device, path):
     assert_accurate(make_inputs(problem, torch.float16 if KERNELS_RUN else torch.float32, device))

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from modes import ON_CUDA, needs_cuda, not_interpreted, run_python
+from modes import ON_CUDA, interpreter_cannot, needs_cuda, run_python
 from oracle import OPS, Problem, assert_same_bits, make_inputs, ours, with_gradients
 
 from fuzzytok_kernels import ops, reference, support
@@ -62,7 +62,7 @@ def test_import_needs_no_gpu(call, then):
     run_python(code, CUDA_VISIBLE_DEVICES="")
 
 
-@not_interpreted("the interpreter keeps its grid in a global")
+@interpreter_cannot("it keeps the grid in a global, so that threads mix theirs up")
 def test_threads(device, path):
     """Eight at once, backward included, each with the bits of the first."""
     inputs = make_inputs(PROBLEM, torch.float32, device)
