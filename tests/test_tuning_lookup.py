@@ -1,0 +1,460 @@
+"""Which config a problem gets, in which order it is looked for, and that looking never raises, never repeats itself, never touches CUDA."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import types
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from modes import DEVICE, needs_kernels, run_python
+
+import fuzzytok_kernels
+from fuzzytok_kernels import tuning
+from fuzzytok_kernels.cli import main
+from fuzzytok_kernels.tuning import Config, Problem, get_config, lookup, store
+from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
+from fuzzytok_kernels.tuning.gpu import Gpu
+from fuzzytok_kernels.tuning.space import default_config
+from fuzzytok_kernels.tuning.store import Entry, merge
+
+GPU = Gpu("Fake GPU 9000", "sm90", 132, 232448)
+SIBLING = Gpu("Fake GPU 9000 Ti", "sm90", 144, 232448)
+GENERIC = Gpu("generic", "sm90", 1, 232448)
+OP = "causal_conv1d"
+PROBLEM = Problem(OP, "bf16", "last", 3, True, 256, 256, 65536)
+CONFIG = Config("tma", 128, 64, 128, 4, 3, 2)
+
+
+class Places:
+    """The folders of the look-up, empty, for a GPU that is not there."""
+
+    def __init__(self, root: Path) -> None:
+        self.own, self.cache, self.shipped = root / "own", root / "xdg" / "fuzzytok_kernels" / "tuning", root / "shipped"
+
+    def put(self, folder: Path, stages: int, gpu: Gpu = GPU, problem: Problem = PROBLEM, **fields) -> Path:
+        """Store a config that is told by its `num_stages`."""
+        return merge(folder, gpu, problem.op, [Entry(problem, CONFIG._replace(num_stages=stages), shared=98304)._replace(**fields)], {})
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> Places:
+    found = Places(tmp_path)
+    monkeypatch.setenv("FUZZYTOK_TUNING_DIR", str(found.own))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("FUZZYTOK_AUTOTUNE", raising=False)
+    monkeypatch.setattr(lookup, "shipped_folder", lambda: found.shipped)
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: GPU if device >= 0 else None))
+    monkeypatch.setattr(lookup, "_warned", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tuning.forget()
+    yield found
+    tuning.forget()
+
+
+def stages(problem: Problem = PROBLEM, device: int = 0) -> int:
+    """The `num_stages` that `problem` gets in a process that has not looked before; silent."""
+    tuning.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return get_config(device, problem).num_stages
+
+
+# ---- order
+
+
+def test_order(places):
+    files = [
+        places.put(places.own, 1),
+        places.put(places.cache, 2),
+        places.put(places.shipped, 3),
+        places.put(places.shipped, 4, SIBLING),
+        places.put(places.shipped, 5, GENERIC),
+    ]
+    for expected, path in enumerate(files, 1):
+        assert stages() == expected
+        path.unlink()
+    tuning.forget()
+    with pytest.warns(UserWarning, match="not tuned"):
+        assert get_config(0, PROBLEM) == default_config(PROBLEM)
+
+
+def test_user_s_cache_alone(places, monkeypatch):
+    monkeypatch.delenv("FUZZYTOK_TUNING_DIR")
+    assert lookup.user_folder() == places.cache
+    places.put(places.own, 1), places.put(places.cache, 2)
+    assert stages() == 2
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(places.cache))
+    assert lookup.user_folder() == places.cache / ".cache" / "fuzzytok_kernels" / "tuning"
+
+
+def test_one_tuned_problem_does_not_serve_all_others(places):
+    """The nearest of all files, not of the first; what was not measured on this GPU is as good as one or two doublings farther."""
+    small = PROBLEM._replace(c_in=64, c_out=64)
+    places.put(places.own, 1, problem=small)
+    places.put(places.shipped, 2)
+    assert (stages(small), stages(), stages(PROBLEM._replace(c_in=512))) == (1, 2, 2)
+    places.put(places.shipped, 3, SIBLING, PROBLEM._replace(c_in=512))
+    places.put(places.shipped, 4, SIBLING, PROBLEM._replace(c_in=2048))
+    assert (stages(PROBLEM._replace(c_in=512)), stages(PROBLEM._replace(c_in=2048))) == (2, 4)
+
+
+def test_only_what_is_alike(places):
+    places.put(places.own, 1)
+    places.put(places.shipped, 2, problem=PROBLEM._replace(layout="first", steps=1))
+    assert stages(PROBLEM._replace(layout="first")) == 2
+
+
+def test_config_of_a_sibling_must_fit(places):
+    places.put(places.shipped, 4, SIBLING._replace(name="a large one"), shared=1 << 30)
+    places.put(places.shipped, 5, SIBLING)
+    assert stages() == 5
+
+
+def test_unknown_gpu_and_architecture(places, monkeypatch):
+    places.put(places.shipped, 3)
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: Gpu("??/../ ☃", "sm90", 1, 1 << 18)))
+    assert stages() == 3
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: Gpu("", "gfx9999", 1, 1 << 18)))
+    tuning.forget()
+    with pytest.warns(UserWarning, match="not tuned"):
+        assert get_config(0, PROBLEM) == default_config(PROBLEM)
+
+
+# ---- nothing found
+
+
+def test_one_warning_an_op_with_the_command(places):
+    with pytest.warns(UserWarning, match=f"{OP} is not tuned for Fake GPU 9000 .* to tune it: fuzzytok warmup") as caught:
+        get_config(0, PROBLEM)
+    assert len(caught) == 1
+    command = str(caught[0].message).partition("to tune it: fuzzytok warmup ")[2]
+    assert command == "--op causal_conv1d --shape 1,65536,256,256,3 --dtype bf16 --layout last --dilation 1"
+    parser = argparse.ArgumentParser()
+    add_problem_arguments(parser)
+    assert problem_from(parser.parse_args(command.split()), GPU) == (PROBLEM, 1, 1, 65536)
+    assert stages(PROBLEM._replace(c_in=512)) == default_config(PROBLEM).num_stages
+    with pytest.warns(UserWarning, match="causal_conv1d_weight_grad is not tuned"):
+        get_config(0, PROBLEM._replace(op="causal_conv1d_weight_grad"))
+
+
+def test_cpu_is_silent_and_touches_nothing(places, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(lookup, "sources", None)
+    for name in ("get_device_properties", "get_device_name", "is_current_stream_capturing", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    tuning.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get_config(-1, PROBLEM) == default_config(PROBLEM)
+
+
+def test_broken_file_is_passed_over_with_one_warning(places):
+    places.put(places.own, 1).write_text("{")
+    places.put(places.cache, 2)
+    with pytest.warns(UserWarning, match="own") as caught:
+        assert get_config(0, PROBLEM).num_stages == 2
+        assert get_config(0, PROBLEM._replace(c_in=8)).num_stages == 2
+    assert len(caught) == 1
+
+
+# ---- once
+
+
+def test_no_file_is_touched_again(places, monkeypatch):
+    path = places.put(places.own, 1)
+    assert stages() == 1
+    path.unlink()
+    monkeypatch.setattr(lookup, "find", None)
+    for _ in range(3):
+        assert get_config(0, PROBLEM).num_stages == 1
+
+
+def test_devices_are_told_apart(places, monkeypatch):
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: (GPU, SIBLING)[device]))
+    places.put(places.own, 1), places.put(places.own, 2, SIBLING)
+    tuning.forget()
+    assert [get_config(device, PROBLEM).num_stages for device in (0, 1, 0)] == [1, 2, 1]
+
+
+def test_threads(places, monkeypatch):
+    """All get the same, each file is read once, and the one warning comes once."""
+    reads = []
+    monkeypatch.setattr(store, "read", lambda *args, read=store.read: reads.append(args[0]) or read(*args))
+    places.put(places.own, 1)
+    problems = [PROBLEM._replace(c_in=8 * i, op=op) for i in range(1, 60) for op in (OP, "causal_conv1d_input_grad")]
+    reads.clear()
+    tuning.forget()
+    barrier = threading.Barrier(8)
+
+    def look_all_up(_) -> list[Config]:
+        barrier.wait()
+        return [get_config(0, problem) for problem in problems]
+
+    with pytest.warns(UserWarning, match="input_grad is not tuned") as caught, ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(look_all_up, range(8)))
+    assert len(caught) == 1
+    assert results == [results[0]] * 8
+    assert len(reads) == len(set(reads))
+
+
+def test_fork_while_another_thread_looks_up(places):
+    """The child must not wait for a lock whose thread it does not have."""
+    places.put(places.own, 1)
+    tuning.forget()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with tuning._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        threading.Thread(target=lambda: os._exit(get_config(0, PROBLEM).num_stages)).start()
+        done.wait(20)
+        os._exit(99)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+COLD = """
+import sys
+from pathlib import Path
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" and ".json" in str(args[0]) else None)
+from fuzzytok_kernels.tuning import Problem, get_config
+from fuzzytok_kernels.tuning.gpu import Gpu
+Gpu.current = staticmethod(lambda device: Gpu{gpu})
+for _ in range(2):
+    assert get_config(0, Problem{problem}).num_stages == 7
+assert not {{"triton", "filelock", "fuzzytok_kernels.tuning.tuner", "fuzzytok_kernels.launch"}} & set(sys.modules)
+assert opened == [{path!r}], opened
+"""
+
+
+def test_cold_process_reads_one_file_and_imports_no_tuner(places):
+    path = str(places.put(places.own, 7))
+    places.put(places.cache, 2)
+    run_python(COLD.format(gpu=tuple(GPU), problem=tuple(PROBLEM), path=path))
+
+
+# ---- force and record
+
+
+def test_force_is_for_all_threads_and_ends(places):
+    places.put(places.own, 1)
+    assert stages() == 1
+    with tuning.force(num_stages=6), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(get_config, 0, PROBLEM).result() == default_config(PROBLEM)._replace(num_stages=6)
+        with tuning.force(CONFIG):
+            assert get_config(0, PROBLEM) == CONFIG
+            assert get_config(0, PROBLEM._replace(aligned=False)) == default_config(PROBLEM._replace(aligned=False))
+        assert get_config(0, PROBLEM).num_stages == 6
+    assert get_config(0, PROBLEM).num_stages == 1
+
+
+def test_record_problems(places):
+    """Those looked up before as well, those of other threads, and those that run with a forced config."""
+    places.put(places.own, 1)
+    assert stages() == 1
+    forced, threaded, outside = (PROBLEM._replace(c_in=c) for c in (8, 16, 24))
+    with tuning.record_problems() as problems:
+        assert get_config(0, PROBLEM).num_stages == 1
+        with tuning.record_problems() as inner, tuning.force(CONFIG), ThreadPoolExecutor(1) as pool:
+            get_config(0, forced)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(get_config, 0, threaded).result()
+    get_config(0, outside)
+    assert problems == {PROBLEM, forced, threaded}
+    assert inner == {forced}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("shape", [(2, 70, 24, 40, 3), (2, 70, 20, 40, 3), (2, 70, 23, 39, 1), (1, 2, 8, 8, 2)], ids=str)
+def test_commands_name_the_problems_that_run(shape, layout, dtype):
+    """`problem_from` makes of a shape what `launch` makes of tensors."""
+    B, T, c_in, c_out, K = shape
+    x = torch.randn(B, c_in, T, device=DEVICE, dtype=torch.float16 if dtype == "fp16" else torch.float32)
+    if layout == "last":
+        x = x.mT.contiguous().mT
+    weight = torch.randn(c_out, c_in, K, device=DEVICE, dtype=x.dtype, requires_grad=True)
+    with tuning.record_problems() as problems, torch.backends.cudnn.flags(allow_tf32=True):
+        y = torch.ops.fuzzytok.causal_conv1d(x.requires_grad_(), weight, None, 2)
+        y.backward(torch.randn_like(y))
+    gpu = Gpu.current(0) if DEVICE.type == "cuda" else GPU
+    if dtype == "tf32" and "tf32" not in {problem.dtype for problem in problems}:
+        pytest.skip("no TF32 here")
+    for op in store.KERNELS:
+        options = argparse.Namespace(op=op, shape=shape, dtype=dtype, layout=layout, dilation=2)
+        assert problem_from(options, gpu)[0] in problems
+
+
+# ---- FUZZYTOK_AUTOTUNE
+
+
+@pytest.fixture
+def tuned(places, monkeypatch) -> list:
+    """What was tuned at its first call; the tuner is a fake."""
+    calls: list = []
+
+    def tune_now(device: int, problem: Problem) -> Config:
+        calls.append((device, problem))
+        return CONFIG._replace(num_stages=8)
+
+    tuner = types.ModuleType("tuner")
+    tuner.tune_now = tune_now
+    monkeypatch.setitem(sys.modules, "fuzzytok_kernels.tuning.tuner", tuner)
+    monkeypatch.setenv("FUZZYTOK_AUTOTUNE", "1")
+    return calls
+
+
+def test_autotune_at_the_first_call(places, tuned):
+    places.put(places.own, 1)
+    near = PROBLEM._replace(c_in=264)
+    assert [get_config(0, problem).num_stages for problem in (PROBLEM, near, near)] == [1, 8, 8]
+    assert tuned == [(0, near)]
+
+
+def test_autotune_does_not_trust_other_gpus(places, tuned):
+    places.put(places.shipped, 4, SIBLING)
+    assert get_config(0, PROBLEM).num_stages == 8
+
+
+def test_no_autotune_inside_a_graph_capture_or_unless_asked(places, tuned, monkeypatch):
+    places.put(places.own, 1)
+    near = PROBLEM._replace(c_in=264)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert stages(near) == 1
+    monkeypatch.setenv("FUZZYTOK_AUTOTUNE", "0")
+    assert stages(near) == 1
+    assert not tuned
+
+
+def test_autotune_that_fails_is_a_warning(places, tuned, monkeypatch):
+    def fail(device: int, problem: Problem) -> Config:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(sys.modules["fuzzytok_kernels.tuning.tuner"], "tune_now", fail)
+    places.put(places.own, 1)
+    with pytest.warns(UserWarning, match="could not tune .*read-only"):
+        assert get_config(0, PROBLEM._replace(c_in=264)).num_stages == 1
+
+
+# ---- explain and info
+
+SHAPE = ["--op", OP, "--shape", "32,2048,256,256,3"]
+
+
+def explained(capsys, *arguments: str) -> str:
+    assert main(["explain", *SHAPE, *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_explain_what_serves(places, capsys):
+    path = places.put(places.cache, 2, problem=PROBLEM._replace(c_in=128), time_us=41.7, default_us=45.0)
+    text = explained(capsys)
+    assert re.search(rf"served by +{re.escape(str(path))}\nentry +C_in=128 C_out=256 B\*T=65536\nconfig .*num_stages=2", text)
+    assert "41.7 us, the default's 45.0 us" in text
+    assert "nearest C_in=128 C_out=256 B*T=65536: 1.00 doublings away" in text
+    assert "no such file" in text
+
+
+def test_explain_says_why_not_field_by_field(places, capsys):
+    content = json.loads(places.put(places.own, 1).read_text())
+    content |= {"kernel_hash": "old", "space_hash": "older"}
+    store.path_of(places.own, GPU, OP).write_text(json.dumps(content))
+    places.put(places.cache, 2, problem=PROBLEM._replace(dtype="fp16", layout="first"))
+    places.put(places.shipped, 3).write_text("{")
+    places.put(places.shipped, 4, SIBLING, shared=1 << 30)
+    text = explained(capsys)
+    assert f"kernel_hash is 'old', expected '{store.kernel_hash(OP)}'" in text
+    assert f"space_hash is 'older', expected '{store.space_hash(OP)}'" in text
+    assert "dtype is 'fp16', expected 'bf16'; layout is 'first', expected 'last'" in text
+    assert "Expecting property name" in text
+    assert "shared memory is 1,073,741,824 bytes, expected at most 232,448" in text
+    assert "default config" in text
+    assert "to tune it  fuzzytok warmup --op causal_conv1d --shape 1,65536,256,256,3 --dtype bf16 --layout last --dilation 1" in text
+
+
+def test_explain_for_a_gpu_that_is_not_there(places, capsys, monkeypatch):
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: None))
+    places.put(places.shipped, 4, SIBLING)
+    ampere = CONFIG._replace(path="pointer", num_stages=5)
+    places.put(places.shipped, 5, GENERIC._replace(arch="sm80"), PROBLEM._replace(aligned=False), config=ampere)
+    assert "num_stages=4" in explained(capsys, "--gpu", SIBLING.name)
+    assert "num_stages=5" in explained(capsys, "--gpu", "sm80")
+    for arguments in (["--gpu", "Voodoo 2"], []):
+        with pytest.raises(SystemExit) as exit:
+            main(["explain", *SHAPE, *arguments])
+        assert exit.value.code == 2
+        assert "known are: sm80, Fake GPU 9000 Ti" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--op", OP], ["--shape", "1,2,3,4,5"], [*SHAPE[:2], "--shape", "1,2,3"], [*SHAPE, "--dilation", "0"]], ids=str
+)
+def test_explain_refuses_half_a_problem(arguments, places, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["explain", *arguments])
+    assert exit.value.code != 0
+
+
+def test_info(places, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    places.put(places.own, 1), places.put(places.shipped, 4, SIBLING), places.put(places.shipped, 5, GENERIC)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "gpu 1      Fake GPU 9000 (sm90, 132 multiprocessors" in text
+    assert f"torch {torch.__version__}" in text
+    assert f"the user's cache: {places.cache} (does not exist)" in text
+    assert text.count("causal_conv1d: 1 of Fake GPU 9000, 1 of other sm90 GPUs, 1 defaults of sm90") == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["info"]) == 0
+    assert "gpu        none" in capsys.readouterr().out
+
+
+# ---- installed
+
+INSTALLED = """
+import site, sys
+before = len(sys.path)
+site.addsitedir({target!r})  # reads .pth files, which PYTHONPATH does not
+sys.path[:0] = sys.path[before:]
+from fuzzytok_kernels.tuning import Problem, get_config, lookup
+from fuzzytok_kernels.tuning.gpu import Gpu
+Gpu.current = staticmethod(lambda device: Gpu{gpu})
+assert str(lookup.shipped_folder()) == {folder!r}, lookup.shipped_folder()
+assert get_config(0, Problem{problem}).num_stages == 7
+"""
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_installed_package_finds_its_files(editable, places, tmp_path):
+    pytest.importorskip("hatchling")
+    pytest.importorskip("editables")
+    project, target, root = tmp_path / "project", tmp_path / "target", Path(fuzzytok_kernels.__file__).parents[1]
+    shutil.copytree(root / "fuzzytok_kernels", project / "fuzzytok_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, project)
+    places.put(project / "tuning_cache", 7)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    subprocess.run([*pip, *(["--editable"] if editable else []), str(project)], check=True, cwd=tmp_path)
+    folder = (project if editable else target / "fuzzytok_kernels") / "tuning_cache"
+    run_python(INSTALLED.format(target=str(target), folder=str(folder), gpu=tuple(GPU), problem=tuple(PROBLEM)))
