@@ -20,7 +20,7 @@ from modes import DEVICE, needs_kernels, run_python
 import fuzzytok_kernels
 from fuzzytok_kernels import tuning
 from fuzzytok_kernels.cli import main
-from fuzzytok_kernels.tuning import Config, Problem, get_config, lookup, store
+from fuzzytok_kernels.tuning import Config, Problem, get_config, hashes, lookup, store
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.space import default_config
@@ -300,7 +300,7 @@ def test_commands_name_the_problems_that_run(shape, layout, dtype):
     gpu = Gpu.current(0) if DEVICE.type == "cuda" else GPU
     if dtype == "tf32" and "tf32" not in {problem.dtype for problem in problems}:
         pytest.skip("no TF32 here")
-    for op in store.KERNELS:
+    for op in hashes.KERNELS:
         options = argparse.Namespace(op=op, shape=shape, dtype=dtype, layout=layout, dilation=2)
         assert problem_from(options, gpu)[0] in problems
 
@@ -374,6 +374,11 @@ def test_explain_what_serves(places, capsys):
     assert "41.7 us, the default's 45.0 us" in text
     assert "nearest C_in=128 C_out=256 B*T=65536: 1.00 doublings away" in text
     assert "no such file" in text
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "versions": {**content["versions"], "triton": "3.6.0"}}))
+    assert "version   triton was 3.6.0, is " in explained(capsys)
+    path.write_text(json.dumps({**content, "versions": None}))
+    assert "version   torch was None, is " in explained(capsys)
 
 
 def test_explain_says_why_not_field_by_field(places, capsys):
@@ -384,8 +389,8 @@ def test_explain_says_why_not_field_by_field(places, capsys):
     places.put(places.shipped, 3).write_text("{")
     places.put(places.shipped, 4, SIBLING, shared=1 << 30)
     text = explained(capsys)
-    assert f"kernel_hash is 'old', expected '{store.kernel_hash(OP)}'" in text
-    assert f"space_hash is 'older', expected '{store.space_hash(OP)}'" in text
+    assert f"kernel_hash is 'old', expected '{hashes.kernel_hash(OP)}'" in text
+    assert f"space_hash is 'older', expected '{hashes.space_hash()}'" in text
     assert "dtype is 'fp16', expected 'bf16'; layout is 'first', expected 'last'" in text
     assert "Expecting property name" in text
     assert "shared memory is 1,073,741,824 bytes, expected at most 232,448" in text

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fuzzytok_kernels
-from fuzzytok_kernels.tuning import Config, Problem, store
+from fuzzytok_kernels.tuning import Config, Problem, hashes, store
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.store import Entry, merge, nearest, read
 
@@ -122,9 +122,9 @@ def test_nearest():
 
 def test_every_op_declares_the_files_of_its_kernels():
     ops = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fuzzytok::")}
-    assert ops == set(store.KERNELS)
+    assert ops == set(hashes.KERNELS)
     folder = Path(fuzzytok_kernels.__file__).parent / "kernels"
-    for names in store.KERNELS.values():
+    for names in hashes.KERNELS.values():
         for name in names:
             imported = re.findall(r"^from fuzzytok_kernels\.kernels\.(\w+) import", (folder / name).read_text(), re.MULTILINE)
             assert {f"{module}.py" for module in imported} <= set(names)
@@ -132,7 +132,7 @@ def test_every_op_declares_the_files_of_its_kernels():
 
 def test_kernel_hash_sees_code_alone():
     def normalised(source):
-        return store._normalised(ast.parse(source))
+        return hashes._normalised(ast.parse(source))
 
     code = '"""What."""\ndef f(a, b: int = 1):\n    """Adds."""\n    return a + b  # the sum\n'
     assert normalised(code) == normalised("def f(\n    a,\n    b: int = 1,\n):\n\n    return (a + b)\n")

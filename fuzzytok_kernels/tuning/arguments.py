@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from fuzzytok_kernels.tuning.gpu import Gpu
+from fuzzytok_kernels.tuning.hashes import KERNELS
 from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, Problem, rounded_steps
-from fuzzytok_kernels.tuning.store import KERNELS
 
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from fuzzytok_kernels.tuning import lookup, store
 from fuzzytok_kernels.tuning.gpu import Gpu, versions
+from fuzzytok_kernels.tuning.hashes import KERNELS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,12 +28,12 @@ def _machine(gpus: list[Gpu]) -> Iterator[str]:
 
 def _folders() -> Iterator[str]:
     for name, folder in lookup.folders().items():
-        state = "" if folder is None else "" if folder.is_dir() else " (does not exist)"
-        yield f"folder     {name}: {folder or 'not set'}{state}"
+        state = "not set" if folder is None else str(folder) if folder.is_dir() else f"{folder} (does not exist)"
+        yield f"folder     {name}: {state}"
 
 
 def _entries(gpu: Gpu) -> Iterator[str]:
-    for op in store.KERNELS:
+    for op in KERNELS:
         counts = [0, 0, 0]  # by how far a source counts: this GPU's, another's, an architecture's default
         for source in lookup.sources(gpu, op):
             counts[source.farther] += len(store.read(source.path, gpu, op)[0])

@@ -1,8 +1,5 @@
 """The tuning files: one JSON file for each GPU and op, one winner a line. What cannot be trusted is never used, and never raises."""
 
-import ast
-import functools
-import hashlib
 import json
 import math
 import os
@@ -13,29 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fuzzytok_kernels.tuning.gpu import Gpu, versions
+from fuzzytok_kernels.tuning.hashes import in_space, kernel_hash, space_hash
 from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, Problem
 from fuzzytok_kernels.tuning.space import Config
 
 SCHEMA = 1
-
-# The files under kernels/ whose functions an op launches: a change in them makes its stored winners a miss.
-KERNELS = {
-    "causal_conv1d": ("conv.py", "dot.py", "transpose.py"),
-    "causal_conv1d_input_grad": ("conv.py", "dot.py", "transpose.py"),
-    "causal_conv1d_weight_grad": ("weight_grad.py", "dot.py", "transpose.py"),
-}
-
-# What a stored config may say. A change here, or in the fields of Config or Problem, makes every stored winner a miss.
-_BLOCKS = (16, 32, 64, 128, 256)
-_RANGES: dict[str, Any] = {
-    "path": ("tma", "pointer"),
-    "BLOCK_T": _BLOCKS,
-    "BLOCK_C_IN": _BLOCKS,
-    "BLOCK_C_OUT": _BLOCKS,
-    "num_warps": (1, 2, 4, 8, 16),
-    "num_stages": range(1, 9),
-    "programs_per_sm": range(1, 33),
-}
 
 _PROBLEM_FIELDS = [name for name in Problem._fields if name != "op"]  # the file says the op once
 _warned: set[Path] = set()
@@ -79,9 +58,10 @@ def read(path: Path, gpu: Gpu, op: str) -> tuple[list[Entry], str | None]:
 def header(path: Path) -> tuple[Gpu, dict[str, Any]]:
     """The GPU and the versions of the file at `path`, whatever its entries. Raises OSError or ValueError."""
     content = json.loads(path.read_text("utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("versions"), dict):
-        raise ValueError(f"{path} is no tuning file")
-    return _gpu(content), content["versions"]
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    had = content.get("versions")
+    return _gpu(content), had if isinstance(had, dict) else {}
 
 
 def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured: Mapping[str, Any]) -> Path:
@@ -121,43 +101,6 @@ def distance(a: Problem, b: Problem) -> float:
     return math.dist([math.log2(size) for size in a[-3:]], [math.log2(size) for size in b[-3:]])
 
 
-def in_space(op: str, config: Config) -> bool:
-    """True if every field of `config` is one that the kernels of `op` can be told."""
-    return all(type(value) in (int, str) and value in _RANGES[name] for name, value in config._asdict().items())
-
-
-# ---- hashes
-
-
-@functools.cache
-def kernel_hash(op: str) -> str:
-    """A hash of the kernels of `op` and what they call, blind to comments, docstrings, formatting and Python's version."""
-    folder = Path(__file__).parents[1] / "kernels"
-    return _hash("\n".join(_normalised(ast.parse((folder / name).read_text("utf-8"))) for name in KERNELS[op]))
-
-
-@functools.cache
-def space_hash(op: str) -> str:
-    """A hash of what an entry's fields are and may say."""
-    return _hash(repr((op, Problem._fields, Config._fields, [(name, tuple(values)) for name, values in _RANGES.items()])))
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _normalised(node: Any) -> str:
-    """The syntax tree as text. Not ast.dump or ast.unparse, whose results differ from one Python to the next."""
-    if isinstance(node, list):
-        return f"[{','.join(map(_normalised, node))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
-    if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
-        fields = [(name, value[1:] if name == "body" else value) for name, value in fields]
-    return f"{type(node).__name__}({','.join(f'{name}={_normalised(value)}' for name, value in fields)})"
-
-
 # ---- what can be trusted
 
 
@@ -169,7 +112,7 @@ def _differences(content: dict, gpu: Gpu, op: str) -> list[str]:
         "op": (content.get("op"), op),
         "arch": (_gpu(content).arch, gpu.arch),
         "kernel_hash": (content.get("kernel_hash"), kernel_hash(op)),
-        "space_hash": (content.get("space_hash"), space_hash(op)),
+        "space_hash": (content.get("space_hash"), space_hash()),
     }
     return [f"{name} is {had!r}, expected {expected!r}" for name, (had, expected) in pairs.items() if had != expected]
 
@@ -198,7 +141,7 @@ def _usable(path: Path, content: dict, gpu: Gpu, op: str) -> tuple[list[Entry], 
         else:
             usable.append(entry)
     if broken:
-        _broken(path, "; ".join(broken))
+        _broken(path, *broken)
     return usable, "\n".join(broken + too_large) or None
 
 
@@ -216,7 +159,7 @@ def _parsed(fields: Any, op: str) -> Entry:
     _expect(fields, "aligned", "true or false", type(problem.aligned) is bool)
     for name in ("kernel_size", "c_in", "c_out", "steps"):
         _expect(fields, name, "a positive integer", type(fields[name]) is int and fields[name] > 0)
-    if not in_space(op, config):
+    if not in_space(config):
         raise ValueError(f"{config} is outside the search space")
     _expect(fields, "path", "pointer, for the problem is not aligned", config.path == "pointer" or problem.aligned)
     for name in ("time_us", "default_us"):
@@ -232,11 +175,12 @@ def _expect(fields: dict, name: str, expected: str, met: bool) -> None:
         raise ValueError(f"{name} is {fields[name]!r}, expected {expected}")
 
 
-def _broken(path: Path, why: str) -> str:
+def _broken(path: Path, *why: str) -> str:
     if path not in _warned:
         _warned.add(path)
-        warnings.warn(f"fuzzytok_kernels ignores what is broken in the tuning file {path}: {why}", stacklevel=2)
-    return why
+        more = f" (and {len(why) - 1} more)" if len(why) > 1 else ""
+        warnings.warn(f"fuzzytok_kernels ignores what is broken in the tuning file {path}: {why[0]}{more}", stacklevel=2)
+    return "\n".join(why)
 
 
 # ---- writing
@@ -257,7 +201,7 @@ def _write(path: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured: Ma
         "gpu": gpu._asdict(),
         "versions": versions(),
         "kernel_hash": kernel_hash(op),
-        "space_hash": space_hash(op),
+        "space_hash": space_hash(),
         "measured": dict(measured),
     }
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in header.items()]

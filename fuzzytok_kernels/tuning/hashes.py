@@ -1,0 +1,63 @@
+"""What makes a stored config one of this version: the kernels that it is for, and what its fields may say."""
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fuzzytok_kernels.tuning.problem import Problem
+from fuzzytok_kernels.tuning.space import Config
+
+# The files under kernels/ whose functions an op launches: a change in them makes its stored winners a miss.
+KERNELS = {
+    "causal_conv1d": ("conv.py", "dot.py", "transpose.py"),
+    "causal_conv1d_input_grad": ("conv.py", "dot.py", "transpose.py"),
+    "causal_conv1d_weight_grad": ("weight_grad.py", "dot.py", "transpose.py"),
+}
+
+# What a stored config may say. A change here, or in the fields of Config or Problem, makes every stored winner a miss.
+_BLOCKS = (16, 32, 64, 128, 256)
+_RANGES: dict[str, Any] = {
+    "path": ("tma", "pointer"),
+    "BLOCK_T": _BLOCKS,
+    "BLOCK_C_IN": _BLOCKS,
+    "BLOCK_C_OUT": _BLOCKS,
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": range(1, 9),
+    "programs_per_sm": range(1, 33),
+}
+
+
+def in_space(config: Config) -> bool:
+    """True if every field of `config` is one that the kernels can be told."""
+    return all(type(value) in (int, str) and value in _RANGES[name] for name, value in config._asdict().items())
+
+
+@functools.cache
+def kernel_hash(op: str) -> str:
+    """A hash of the kernels of `op` and what they call, blind to comments, docstrings, formatting and Python's version."""
+    folder = Path(__file__).parents[1] / "kernels"
+    return _hash("\n".join(_normalised(ast.parse((folder / name).read_text("utf-8"))) for name in KERNELS[op]))
+
+
+@functools.cache
+def space_hash() -> str:
+    """A hash of what an entry's fields are and may say."""
+    return _hash(repr((Problem._fields, Config._fields, [(name, tuple(values)) for name, values in _RANGES.items()])))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _normalised(node: Any) -> str:
+    """The syntax tree as text. Not ast.dump or ast.unparse, whose results differ from one Python to the next."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_normalised, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+        fields = [(name, value[1:] if name == "body" else value) for name, value in fields]
+    return f"{type(node).__name__}({','.join(f'{name}={_normalised(value)}' for name, value in fields)})"
