@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 # A sub-command's module has a main(arguments) -> exit status, and is imported only when it is asked for.
 _COMMANDS = {
+    "check": ("fuzzytok_kernels.tuning.check", "race this GPU's stored winners against the default again"),
     "demo": ("fuzzytok_kernels.demo", "train FuzzyTokenizer on a text, here and now, and show what it does"),
     "explain": ("fuzzytok_kernels.tuning.explain", "which tuning file and entry serves a problem, and why the others do not"),
     "info": ("fuzzytok_kernels.tuning.info", "GPUs, versions, folders of tuning files, and how many entries apply here"),
+    "warmup": ("fuzzytok_kernels.tuning.warmup", "tune this GPU, for the default list of problems, for one, or for those of a model"),
 }
 
 

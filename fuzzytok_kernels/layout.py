@@ -1,19 +1,25 @@
 """How a logical (B, C, T) tensor lies in memory: the rule that every op, its fake and its reference share."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """True if the channels of `x` (B, C, T) are adjacent in memory and its time steps are not."""
-    return x.stride(1) == 1 and x.stride(2) != 1
+def is_channels_last(strides: Sequence[int]) -> bool:
+    """True if, by its strides, a (B, C, T) tensor has its channels adjacent in memory and its time steps not."""
+    return strides[1] == 1 and strides[2] != 1
+
+
+def output_strides(strides: Sequence[int], channels: int, T: int) -> tuple[int, int, int]:
+    """The strides of an output (B, channels, T): channels-last if the input, which has `strides`, is; else channels-first contiguous."""
+    steps = max(T, 1)  # as PyTorch's own tensors without elements
+    return (steps * channels, 1, channels) if is_channels_last(strides) else (steps * channels, steps, 1)
 
 
 def empty_output(x: Tensor, channels: int) -> Tensor:
-    """An unwritten (B, channels, T) tensor: channels-last if `x` (B, C, T) is, else channels-first contiguous."""
+    """An unwritten (B, channels, T) tensor in the layout of `x` (B, C, T)."""
     B, _, T = x.shape
-    if is_channels_last(x):
-        return x.new_empty((B, T, channels)).transpose(1, 2)
-    return x.new_empty((B, channels, T))
+    return x.new_empty_strided((B, channels, T), output_strides(x.stride(), channels, T))
 
 
 def empty_weight(x: Tensor, c_out: int, c_in: int, kernel_size: int) -> Tensor:

@@ -6,7 +6,6 @@ Each op has one `autograd.Function` (with `setup_context` and `vmap`) registered
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,18 +19,6 @@ _library = torch.library.Library("fuzzytok", "DEF")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
-@functools.cache
-def _backend(device: torch.device) -> ModuleType:
-    """The module that computes on `device`: the Triton launchers where they can run well, PyTorch's own convolution elsewhere."""
-    from fuzzytok_kernels.support import runs_triton  # triton is imported at the first call, not at import
-
-    if not runs_triton(device):
-        return reference
-    from fuzzytok_kernels import launch
-
-    return launch
-
-
 class _Function(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -41,11 +28,6 @@ class _Function(torch.autograd.Function):
 
 
 # ---- causal_conv1d
-
-
-def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    check_causal_conv1d(x, weight, bias, dilation)
-    return _backend(x.device).causal_conv1d(x, weight, bias, dilation)
 
 
 def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -83,11 +65,6 @@ class _CausalConv1d(_Function):
 # ---- causal_conv1d_input_grad
 
 
-def _causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
-    check_causal_conv1d_input_grad(grad_y, weight, dilation)
-    return _backend(grad_y.device).causal_conv1d_input_grad(grad_y, weight, dilation)
-
-
 def _causal_conv1d_input_grad_fake(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     check_causal_conv1d_input_grad(grad_y, weight, dilation)
     return empty_output(grad_y, weight.shape[1])
@@ -121,11 +98,6 @@ class _CausalConv1dInputGrad(_Function):
 
 
 # ---- causal_conv1d_weight_grad
-
-
-def _causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
-    check_causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
-    return _backend(x.device).causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
 
 
 def _causal_conv1d_weight_grad_fake(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
@@ -163,6 +135,24 @@ class _CausalConv1dWeightGrad(_Function):
 
 
 # ---- what the three share
+
+
+@functools.cache
+def _implementation(name: str, check: Callable, device: torch.device) -> Callable:
+    """What computes an op on `device`: its Triton launcher, which checks when it makes a plan, or the reference behind a check."""
+    from fuzzytok_kernels.support import runs_triton  # triton is imported at the first call, not at import
+
+    if runs_triton(device):
+        from fuzzytok_kernels import launch
+
+        return getattr(launch, name)
+    compute = getattr(reference, name)
+
+    def checked(*args: Any) -> Any:
+        check(*args)
+        return compute(*args)
+
+    return checked
 
 
 def _select(args: tuple, dims: tuple, index: int) -> list:
@@ -210,12 +200,12 @@ def _autocast(op: Callable, device_type: str, casts: bool) -> Callable:
     return autocast
 
 
-def _register(schema: str, implementation: Callable, fake: Callable, function: type[_Function], autocast: bool = False) -> Any:
+def _register(schema: str, check: Callable, fake: Callable, function: type[_Function], autocast: bool = False) -> Any:
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     op = getattr(torch.ops.fuzzytok, name).default
     for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+        _library.impl(name, lambda first, *args: _implementation(name, check, first.device)(first, *args), key)
     torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
     _library.impl(name, _below_autograd(op, function), "Autograd")
     _library.impl(name, lambda *args: function.apply(*_with_defaults(op, args)), "FuncTorchDynamicLayerFrontMode")
@@ -226,13 +216,13 @@ def _register(schema: str, implementation: Callable, fake: Callable, function: t
 
 causal_conv1d = _register(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1) -> Tensor",
-    _causal_conv1d, _causal_conv1d_fake, _CausalConv1d, autocast=True,
+    check_causal_conv1d, _causal_conv1d_fake, _CausalConv1d, autocast=True,
 )  # fmt: skip
 causal_conv1d_input_grad = _register(
     "causal_conv1d_input_grad(Tensor grad_y, Tensor weight, int dilation=1) -> Tensor",
-    _causal_conv1d_input_grad, _causal_conv1d_input_grad_fake, _CausalConv1dInputGrad,
+    check_causal_conv1d_input_grad, _causal_conv1d_input_grad_fake, _CausalConv1dInputGrad,
 )  # fmt: skip
 causal_conv1d_weight_grad = _register(
     "causal_conv1d_weight_grad(Tensor grad_y, Tensor x, int kernel_size, int dilation=1) -> (Tensor, Tensor)",
-    _causal_conv1d_weight_grad, _causal_conv1d_weight_grad_fake, _CausalConv1dWeightGrad,
+    check_causal_conv1d_weight_grad, _causal_conv1d_weight_grad_fake, _CausalConv1dWeightGrad,
 )  # fmt: skip

@@ -15,6 +15,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilatio
     out = empty_output(x, weight.shape[0])
     if x.numel() == 0:
         return out
+    dilation = min(dilation, x.shape[2])  # a tap further back than T sees zeros alone
     history = (weight.shape[2] - 1) * dilation
     y = F.conv1d(F.pad(x, (history, 0)), weight.flip(2), bias, dilation=dilation)
     return in_layout_of(out, y)
@@ -29,6 +30,7 @@ def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1) 
     out = empty_output(grad_y, c_in)
     if grad_y.numel() == 0:
         return out
+    dilation = min(dilation, T)
     history = (K - 1) * dilation
     padded = conv1d_input((B, c_in, T + history), weight.flip(2), grad_y, dilation=dilation)
     return in_layout_of(out, padded[:, :, history:])
@@ -43,6 +45,7 @@ def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilat
     out = empty_weight(x, c_out, c_in, kernel_size)
     if x.numel() == 0:
         return out.zero_(), x.new_zeros(c_out)
+    dilation = min(dilation, x.shape[2])
     history = (kernel_size - 1) * dilation
     grad_weight = conv1d_weight(F.pad(x, (history, 0)), (c_out, c_in, kernel_size), grad_y, dilation=dilation)
     return in_layout_of(out, grad_weight.flip(2)), grad_y.sum((0, 2))

@@ -3,9 +3,12 @@
 import functools
 import importlib.util
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+# PyTorch's own switch for fp32 convolutions, `fp32_precision`; its older form, `allow_tf32`, raises once a user has set this newer one.
+conv_switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 
 class Facts(NamedTuple):

@@ -23,7 +23,7 @@ from fuzzytok_kernels.cli import main
 from fuzzytok_kernels.tuning import Config, Problem, get_config, hashes, lookup, store
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.gpu import Gpu
-from fuzzytok_kernels.tuning.space import default_config
+from fuzzytok_kernels.tuning.space import OPS, default_config
 from fuzzytok_kernels.tuning.store import Entry, merge
 
 GPU = Gpu("Fake GPU 9000", "sm90", 132, 232448)
@@ -300,7 +300,7 @@ def test_commands_name_the_problems_that_run(shape, layout, dtype):
     gpu = Gpu.current(0) if DEVICE.type == "cuda" else GPU
     if dtype == "tf32" and "tf32" not in {problem.dtype for problem in problems}:
         pytest.skip("no TF32 here")
-    for op in hashes.KERNELS:
+    for op in OPS:
         options = argparse.Namespace(op=op, shape=shape, dtype=dtype, layout=layout, dilation=2)
         assert problem_from(options, gpu)[0] in problems
 

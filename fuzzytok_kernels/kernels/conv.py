@@ -12,8 +12,8 @@ from fuzzytok_kernels.kernels.dot import dot
 
 @triton.jit(do_not_specialize=["B", "shift"])
 def conv_tma_kernel(
-    x, weight, bias, y, B, T, c_in, c_out, shift,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, IN_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, bias, y, B, T, c_in, c_out, shift, stride_bias,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, IN_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
     """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, C_out, C_in] (IN_LAST) or [K, C_in, C_out].
@@ -37,7 +37,7 @@ def conv_tma_kernel(
             acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
         if HAS_BIAS:
             o = co + tl.arange(0, BLOCK_C_OUT)
-            acc += tl.load(bias + o, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias + o * stride_bias, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
         if Y_CHANNELS_LAST:
             # Stored in two halves: half the shared memory, so that two programs fit a multiprocessor.
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_C_OUT // 2)), (0, 2, 1)))
@@ -51,7 +51,7 @@ def conv_tma_kernel(
 
 @triton.jit(do_not_specialize=["shift"])
 def conv_pointer_kernel(
-    x, weight, bias, y, T, c_in, c_out, shift,
+    x, weight, bias, y, T, c_in, c_out, shift, stride_bias,
     stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_yb, stride_yc, stride_yt,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
@@ -81,6 +81,6 @@ def conv_pointer_kernel(
             )
             acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
     if HAS_BIAS:
-        acc += tl.load(bias + o, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + o * stride_bias, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
     out = y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc
     tl.store(out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (o < c_out)[None, :])

@@ -10,12 +10,13 @@ from fuzzytok_kernels.tuning import lookup
 from fuzzytok_kernels.tuning.problem import Problem, rounded_steps
 from fuzzytok_kernels.tuning.space import Config, default_config
 
-__all__ = ["Config", "Problem", "force", "forget", "get_config", "record_problems", "rounded_steps"]
+__all__ = ["Config", "Problem", "force", "forget", "generation", "get_config", "record_problems", "rounded_steps"]
 
 _configs: dict[tuple[int, Problem], Config] = {}  # by device index
 _warm = _configs  # what a warm call reads: _configs, or nothing while configs are forced or problems recorded
 _forced: dict[str, Any] = {}  # a module variable, not a context variable: the backward runs in a thread of its own
 _recordings: list[set[Problem]] = []
+_generation = 0
 _lock = threading.RLock()  # one thread at a time looks up, and tunes
 
 
@@ -61,11 +62,18 @@ def forget() -> None:
     with _lock:
         _configs.clear()
         lookup.forget()
+        _watch()
+
+
+def generation() -> int:
+    """Which of the answers of `get_config` holds: what was made of an earlier one is stale."""
+    return _generation
 
 
 def _watch() -> None:
-    global _warm
+    global _warm, _generation
     _warm = {} if _forced or _recordings else _configs
+    _generation += 1
 
 
 def _look_up(device: int, problem: Problem) -> Config:

@@ -4,13 +4,13 @@ import argparse
 import sys
 
 from fuzzytok_kernels.tuning.gpu import Gpu
-from fuzzytok_kernels.tuning.hashes import KERNELS
 from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, Problem, rounded_steps
+from fuzzytok_kernels.tuning.space import OPS
 
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `problem_from` reads."""
-    parser.add_argument("--op", choices=KERNELS, help="its name under torch.ops.fuzzytok")
+    parser.add_argument("--op", choices=OPS, help="its name under torch.ops.fuzzytok")
     parser.add_argument("--shape", type=_shape, metavar="B,T,C_IN,C_OUT,K", help="of the convolution, for its gradients too")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="tf32 and fp32 are float32, as PyTorch's switches have it")
     parser.add_argument("--dilation", type=_positive, default=1, help="has no influence on the choice, unless it is huge (default: 1)")

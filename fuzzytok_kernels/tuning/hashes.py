@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzzytok_kernels.tuning.problem import Problem
-from fuzzytok_kernels.tuning.space import Config
-
-# The files under kernels/ whose functions an op launches: a change in them makes its stored winners a miss.
-KERNELS = {
-    "causal_conv1d": ("conv.py", "dot.py", "transpose.py"),
-    "causal_conv1d_input_grad": ("conv.py", "dot.py", "transpose.py"),
-    "causal_conv1d_weight_grad": ("weight_grad.py", "dot.py", "transpose.py"),
-}
+from fuzzytok_kernels.tuning.space import OPS, Config
 
 # What a stored config may say. A change here, or in the fields of Config or Problem, makes every stored winner a miss.
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -38,7 +31,7 @@ def in_space(config: Config) -> bool:
 def kernel_hash(op: str) -> str:
     """A hash of the kernels of `op` and what they call, blind to comments, docstrings, formatting and Python's version."""
     folder = Path(__file__).parents[1] / "kernels"
-    return _hash("\n".join(_normalised(ast.parse((folder / name).read_text("utf-8"))) for name in KERNELS[op]))
+    return _hash("\n".join(_normalised(ast.parse((folder / name).read_text("utf-8"))) for name in OPS[op].kernels))
 
 
 @functools.cache

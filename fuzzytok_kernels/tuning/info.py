@@ -7,7 +7,7 @@ import torch
 
 from fuzzytok_kernels.tuning import lookup, store
 from fuzzytok_kernels.tuning.gpu import Gpu, versions
-from fuzzytok_kernels.tuning.hashes import KERNELS
+from fuzzytok_kernels.tuning.space import OPS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +33,7 @@ def _folders() -> Iterator[str]:
 
 
 def _entries(gpu: Gpu) -> Iterator[str]:
-    for op in KERNELS:
+    for op in OPS:
         counts = [0, 0, 0]  # by how far a source counts: this GPU's, another's, an architecture's default
         for source in lookup.sources(gpu, op):
             counts[source.farther] += len(store.read(source.path, gpu, op)[0])

@@ -1,5 +1,6 @@
-"""The configs: what a kernel can be told, and what is chosen where nothing was measured."""
+"""The configs: what a kernel can be told, which are worth trying, and what is chosen where nothing was measured."""
 
+import math
 from typing import NamedTuple
 
 from fuzzytok_kernels.tuning.problem import Problem
@@ -17,19 +18,117 @@ class Config(NamedTuple):
     programs_per_sm: int  # the persistent convolution's programs, or those that the splits of the weight gradient make up
 
 
+# Hand-picked from sweeps on an H100; every problem tries those of its op that suit its channels and steps.
+_CONV = tuple(
+    Config(*fields)
+    for fields in (
+        ("tma", 128, 64, 128, 4, 3, 2), ("tma", 128, 64, 128, 4, 4, 1), ("tma", 128, 64, 128, 8, 3, 2), ("tma", 128, 64, 256, 8, 3, 1),
+        ("tma", 128, 64, 256, 8, 4, 1), ("tma", 256, 64, 128, 8, 3, 1), ("tma", 256, 64, 128, 8, 4, 1), ("tma", 128, 128, 128, 8, 2, 1),
+        ("tma", 128, 32, 128, 4, 4, 2), ("tma", 128, 64, 64, 4, 3, 4), ("tma", 128, 64, 64, 4, 4, 3), ("tma", 256, 64, 64, 8, 3, 2),
+        ("tma", 64, 64, 128, 4, 3, 3), ("tma", 64, 64, 256, 4, 3, 2), ("tma", 64, 64, 64, 4, 4, 4), ("tma", 64, 128, 64, 4, 4, 2),
+        ("tma", 64, 128, 32, 4, 4, 2), ("tma", 128, 64, 32, 4, 4, 4), ("tma", 128, 32, 64, 4, 4, 4), ("tma", 128, 32, 32, 4, 4, 4),
+        ("tma", 128, 32, 128, 8, 4, 2), ("tma", 128, 32, 256, 8, 3, 1), ("tma", 64, 32, 64, 4, 4, 4),
+        ("pointer", 16, 64, 32, 4, 4, 1), ("pointer", 16, 128, 32, 4, 3, 1), ("pointer", 16, 64, 64, 4, 4, 1),
+        ("pointer", 32, 64, 32, 4, 4, 1), ("pointer", 32, 64, 64, 4, 4, 1), ("pointer", 64, 64, 64, 4, 4, 1),
+        ("pointer", 64, 32, 64, 4, 4, 1), ("pointer", 64, 64, 128, 4, 3, 1), ("pointer", 128, 32, 64, 4, 3, 1),
+        ("pointer", 128, 64, 128, 8, 3, 1), ("pointer", 128, 32, 128, 8, 3, 1), ("pointer", 32, 128, 32, 4, 3, 1),
+    )
+)  # fmt: skip
+_WEIGHT_GRAD = tuple(
+    Config(*fields)
+    for fields in (
+        ("tma", 64, 128, 128, 4, 4, 1), ("tma", 64, 128, 128, 4, 3, 2), ("tma", 64, 256, 128, 8, 3, 1), ("tma", 64, 256, 128, 8, 4, 1),
+        ("tma", 64, 256, 128, 8, 4, 2), ("tma", 64, 256, 128, 8, 4, 4), ("tma", 64, 128, 256, 8, 3, 1), ("tma", 64, 128, 256, 8, 4, 1),
+        ("tma", 64, 128, 256, 8, 4, 4), ("tma", 64, 128, 128, 4, 4, 2), ("tma", 64, 128, 128, 4, 4, 4), ("tma", 128, 128, 128, 8, 3, 1),
+        ("tma", 128, 128, 128, 8, 2, 1), ("tma", 64, 128, 64, 4, 4, 2), ("tma", 64, 64, 128, 4, 4, 2), ("tma", 64, 64, 64, 4, 4, 2),
+        ("tma", 128, 64, 64, 4, 3, 2), ("tma", 128, 64, 64, 4, 3, 1), ("tma", 64, 64, 64, 4, 4, 4), ("tma", 32, 128, 128, 8, 3, 1),
+        ("tma", 32, 64, 128, 4, 3, 2), ("tma", 32, 128, 64, 4, 3, 2), ("tma", 32, 64, 64, 4, 4, 2),
+        ("pointer", 32, 32, 32, 4, 4, 2), ("pointer", 32, 32, 64, 4, 4, 2), ("pointer", 32, 64, 64, 4, 4, 2),
+        ("pointer", 64, 64, 64, 4, 3, 2), ("pointer", 64, 32, 32, 4, 4, 4), ("pointer", 64, 64, 64, 4, 3, 4),
+        ("pointer", 64, 64, 128, 4, 3, 2), ("pointer", 32, 128, 128, 8, 3, 1), ("pointer", 64, 128, 128, 8, 3, 1),
+        ("pointer", 128, 32, 32, 4, 3, 2),
+    )
+)  # fmt: skip
+
+
+class Op(NamedTuple):
+    """What the tuner knows of an op; a new one joins by a line in OPS."""
+
+    kernels: tuple[str, ...]  # the files under kernels/ that it launches from: a change in them makes its stored winners a miss
+    configs: tuple[Config, ...]
+
+
+OPS = {
+    "causal_conv1d": Op(("conv.py", "dot.py", "transpose.py"), _CONV),
+    "causal_conv1d_input_grad": Op(("conv.py", "dot.py", "transpose.py"), _CONV),
+    "causal_conv1d_weight_grad": Op(("weight_grad.py", "dot.py", "transpose.py"), _WEIGHT_GRAD),
+}
+
+
 def default_config(problem: Problem, path: str | None = None) -> Config:
     """A config that fits every supported GPU and is never far off. `path` overrides the choice of path."""
     if path is None:
         path = "tma" if problem.aligned and problem.steps >= 1 << 12 else "pointer"
-    wide = 2 if problem.dtype in ("tf32", "fp32") else 1
-    if path == "pointer":
-        block_t = 128 if problem.steps >= 1 << 15 else 64 if problem.steps >= 1 << 11 else 32
-        return Config(path, block_t, 32 // wide, 64, 4, 3, 4)
-    block_out = min(128, _power_of_two(problem.c_out))
+    wide = _element_size(problem) // 2
     if problem.op == "causal_conv1d_weight_grad":
-        return Config(path, 64 // wide, min(128, _power_of_two(problem.c_in)), block_out, 4 if wide == 1 else 8, 3, 1)
-    return Config(path, 128, min(64 // wide, _power_of_two(problem.c_in)), block_out, 4 if wide == 1 else 8, 3, 2 if wide == 1 else 1)
+        block_in, block_out = _block(problem.c_in, 128), _block(problem.c_out, 128)
+        if path == "tma":
+            return Config(path, 64 // wide, block_in, block_out, 8, 2, 1)
+        return Config(path, 32, min(block_in, 64), min(block_out, 64), 4, 2, 2)
+    summed, produced = channels(problem)
+    if path == "tma":
+        return Config(path, 128, _block(summed, 64 // wide), _block(produced, 128), 4 * wide, 2, 2 // wide)
+    block_t = 128 if problem.steps >= 1 << 15 else 64 if problem.steps >= 1 << 11 else 32
+    return Config(path, block_t // wide, 32 // wide, _block(produced, 64), 4, 2, 1)
 
 
-def _power_of_two(channels: int) -> int:
-    return max(16, 1 << (channels - 1).bit_length())
+def candidates(problem: Problem, most: int) -> list[Config]:
+    """At most `most` configs worth timing for `problem`, the likeliest by `predicted` first; the default is not among them."""
+    suited = {config for config in OPS[problem.op].configs if _suits(config, problem)} - {default_config(problem)}
+    return sorted(suited, key=lambda config: (predicted(problem, config), config))[:most]
+
+
+def predicted(problem: Problem, config: Config, multiprocessors: int = 132) -> float:
+    """A rough time: waves of tiles, each the longest of its products, its loads from L2, and the latency of its steps. Only ranks."""
+    size = _element_size(problem)
+    if problem.op == "causal_conv1d_weight_grad":
+        tiles = problem.kernel_size * math.ceil(problem.c_in / config.BLOCK_C_IN) * math.ceil(problem.c_out / config.BLOCK_C_OUT)
+        steps = math.ceil(problem.steps / config.BLOCK_T)
+        splits = max(1, min(steps, config.programs_per_sm * multiprocessors // tiles))
+        programs, inner = tiles * splits, math.ceil(steps / splits)
+        rows, columns, depth = config.BLOCK_C_OUT, config.BLOCK_C_IN, config.BLOCK_T
+        tail = 3e3 + tiles * splits * rows * columns * 8 / 2e3  # the reduction: a launch, and the partial sums twice
+    else:
+        summed, produced = channels(problem)
+        programs = math.ceil(problem.steps / config.BLOCK_T) * math.ceil(produced / config.BLOCK_C_OUT)
+        inner = problem.kernel_size * math.ceil(summed / config.BLOCK_C_IN)
+        rows, columns, depth = config.BLOCK_T, config.BLOCK_C_OUT, config.BLOCK_C_IN
+        tail = 0.0
+    resident = max(1, min(config.programs_per_sm if config.path == "tma" else 4, math.ceil(programs / multiprocessors)))
+    waves = math.ceil(programs / (multiprocessors * resident))
+    products = resident * 2 * rows * columns * depth / (6e3 if size == 2 else 2e3)  # nanoseconds, at some 800 TFLOP/s a GPU
+    loads = resident * (rows + columns) * depth * size / 80  # nanoseconds, at some 10 TB/s
+    latency = 700 / config.num_stages if config.path == "tma" else 1400 / config.num_stages
+    return waves * (inner * max(products, loads, latency) + 1500) + tail
+
+
+def channels(problem: Problem) -> tuple[int, int]:
+    """The channels that a convolution sums over and those that it produces; the input-grad has them the other way round."""
+    if problem.op == "causal_conv1d_input_grad":
+        return problem.c_out, problem.c_in
+    return problem.c_in, problem.c_out
+
+
+def _suits(config: Config, problem: Problem) -> bool:
+    if config.path == "tma" and not problem.aligned:
+        return False
+    summed, produced = channels(problem)
+    return _block(summed, 256) >= config.BLOCK_C_IN and _block(produced, 256) >= config.BLOCK_C_OUT
+
+
+def _block(count: int, most: int) -> int:
+    return min(most, max(16, 1 << (count - 1).bit_length()))
+
+
+def _element_size(problem: Problem) -> int:
+    return 4 if problem.dtype in ("tf32", "fp32") else 2

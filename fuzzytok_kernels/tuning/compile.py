@@ -1,0 +1,93 @@
+"""Compile an op's kernels for any GPU without having it: what they take of its registers and shared memory."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+
+from fuzzytok_kernels import support
+from fuzzytok_kernels.tuning import Config, Problem, force
+from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
+
+
+class Resources(NamedTuple):
+    """The most that any kernel of a launch takes."""
+
+    shared: int  # bytes a program
+    registers: int  # a thread; 0 where the backend does not say
+    local: int  # bytes of local memory a thread: spilled registers
+
+
+def resources(problem: Problem, config: Config, target: GPUTarget, T: int = 64) -> Resources:
+    """Compile `problem` with `config` for `target`, which fills Triton's cache too; only T's divisibility by 16 matters.
+
+    Leaves the process with a driver that launches nothing: call it in a process of its own.
+    """
+    pretended = _Pretended(target)
+    driver.set_active(pretended)
+    support.cpu_facts = support.Facts(
+        multiprocessors=128, descriptors=target.backend == "cuda" and target.arch >= 90, tf32=target.backend == "cuda"
+    )
+    with strict_switch(problem), force(config):
+        run(problem, *arguments(problem, "cpu", 2, 64 if T % 16 == 0 else 50), 1)
+    return Resources(*(max(values) for values in zip(*pretended.compiled, strict=True)))
+
+
+class _Pretended(DriverBase):
+    """A driver of a GPU that is not there: loading a kernel notes what it takes, launching it does nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.compiled: list[Resources] = []
+        self.utils = self
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> tuple:
+        return self.target, id(self)  # the key of Triton's cache of loaded kernels: each pretended driver loads its own
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable:
+        return triton.testing.do_bench
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 30}
+
+    def launcher_cls(self, src: object, metadata: object) -> Callable:
+        return lambda *args: None
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
+        registers, local = _registers(binary) if self.target.backend == "cuda" else (0, 0)
+        self.compiled.append(Resources(shared, registers, local))
+        return name, name, registers, local, 1024
+
+
+def _registers(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local

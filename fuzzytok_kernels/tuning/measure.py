@@ -1,0 +1,112 @@
+"""One config raced against the default by `triton.autotune`, each checked before it is timed. Called in a worker process."""
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import KernelInterface
+
+from fuzzytok_kernels import reference
+from fuzzytok_kernels.tuning import Config, force, timer
+from fuzzytok_kernels.tuning.compile import Resources
+from fuzzytok_kernels.tuning.problem import Problem
+from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
+from fuzzytok_kernels.tuning.space import default_config
+
+# A result may be off by twice what PyTorch's own is, or by this; a miscompiled one is off by far more.
+_ALLOWANCE = {"fp16": 1e-3, "bf16": 8e-3, "tf32": 1e-3, "fp32": 2e-6}
+
+
+class Job(NamedTuple):
+    """A problem, and sizes at which to time it."""
+
+    problem: Problem
+    B: int
+    T: int
+    dilation: int
+
+
+def race(job: Job, config: Config, used: Resources, shared_memory: int) -> tuple[float, float]:
+    """Microseconds of the default and of `config`; infinity for one that is wrong, spills or does not fit.
+
+    A lost CUDA context ends the process, for nothing after it could be trusted.
+    """
+    default, candidate = (_triton_config(each) for each in (default_config(job.problem), config))
+
+    def early_config_prune(configs: list[triton.Config], named_args: dict, **kwargs: Any) -> list[triton.Config]:
+        fits = used.shared <= shared_memory and not used.local
+        return [each for each in configs if fits or each is not candidate]
+
+    try:
+        launch = _launch(job)
+        race = triton.autotune(
+            [default, candidate], key=[], prune_configs_by={"early_config_prune": early_config_prune}, do_bench=launch.bench
+        )
+        tuned = race(launch)
+        tuned.run()
+        times = getattr(tuned, "configs_timings", {})
+        return times.get(default, [math.inf])[0], times.get(candidate, [math.inf])[0]
+    finally:
+        _end_if_lost()
+
+
+class _Launch(KernelInterface):
+    """A whole launch, preparation and second stage included, as a kernel that `triton.autotune` can tune."""
+
+    fn = staticmethod(run)
+    arg_names: tuple = ()
+
+    def __init__(self, job: Job) -> None:
+        self.problem, self.dilation = job.problem, job.dilation
+        first = arguments(job.problem, "cuda", job.B, job.T)
+        n_bytes = 2 * sum(x.numel() * x.element_size() for x in first)
+        self.inputs = [first] + [arguments(job.problem, "cuda", job.B, job.T) for _ in range(timer.copies(n_bytes) - 1)]
+        self.turn = itertools.cycle(self.inputs)
+        with strict_switch(self.problem):
+            self.wanted = self._reference([x.double() for x in first])
+            self.bounds = [
+                max(2 * _error(ours, wanted), _ALLOWANCE[self.problem.dtype])
+                for ours, wanted in zip(self._reference(first), self.wanted, strict=True)
+            ]
+
+    def run(self, num_warps: int, num_stages: int, num_ctas: int = 1, **fields: Any) -> tuple[Tensor, ...]:
+        with strict_switch(self.problem), force(Config(num_warps=num_warps, num_stages=num_stages, **fields)):
+            self.results = run(self.problem, *next(self.turn), self.dilation)
+        return self.results
+
+    def bench(self, kernel_call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+        """Verify, then time: what `triton.autotune` calls for each config. Microseconds, the median for every quantile."""
+        self.turn = itertools.cycle(self.inputs)
+        kernel_call()
+        if any(not _error(ours, wanted) <= bound for ours, wanted, bound in zip(self.results, self.wanted, self.bounds, strict=True)):
+            return [math.inf] * len(quantiles)
+        return [timer.microseconds([kernel_call] * max(8, len(self.inputs)), budget_ms=12.0)] * len(quantiles)
+
+    def _reference(self, inputs: Any) -> tuple[Tensor, ...]:
+        return run(self.problem, *inputs, self.dilation, backend=reference)
+
+
+_launch = functools.lru_cache(maxsize=1)(_Launch)  # the candidates of a job follow each other
+
+
+def _triton_config(config: Config) -> triton.Config:
+    fields = config._asdict()
+    return triton.Config(fields, num_warps=fields.pop("num_warps"), num_stages=fields.pop("num_stages"))
+
+
+def _error(ours: Tensor, wanted: Tensor) -> float:
+    """Relative, in the L2 norm; NaN is never within a bound."""
+    return float((ours.double() - wanted).norm() / wanted.norm())
+
+
+def _end_if_lost() -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(1)

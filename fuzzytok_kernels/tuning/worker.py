@@ -1,0 +1,85 @@
+"""A function called in a process of its own, so that a compiler abort or a lost CUDA context costs one call.
+
+Not `multiprocessing`: its spawn runs the user's script again, and its fork does not survive CUDA.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+
+class WorkerError(RuntimeError):
+    """The call raised, crashed or took too long; the message says which."""
+
+
+class Worker:
+    """Calls `function`, named "module:function", in another process, started at the first call and again after a crash."""
+
+    def __init__(self, function: str, timeout: float = 120.0) -> None:
+        self._function, self._timeout = function, timeout
+        self._process: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's result for `args`, both pickled.
+
+        Raises:
+            WorkerError: the call raised, the process died, or it was killed after `timeout` seconds.
+        """
+        connection = self._connection or self._start()
+        try:
+            connection.send(args)
+            if not connection.poll(self._timeout):
+                raise WorkerError(f"no answer within {self._timeout:.0f} s")
+            succeeded, result = connection.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerError(f"the process died ({error or 'no reason given'})") from error
+        finally:
+            if sys.exc_info()[0] is not None:
+                self.close()
+        if not succeeded:
+            raise WorkerError(result)
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None and self._connection is not None:
+            self._process.kill()
+            self._process.wait()
+            self._connection.close()
+        self._process = self._connection = None
+
+    def _start(self) -> Connection:
+        self._connection, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fuzzytok_kernels.tuning.worker", self._function, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # a crashing compiler prints its whole module
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "FUZZYTOK_AUTOTUNE": "0"},
+        )
+        theirs.close()
+        return self._connection
+
+
+def _serve(name: str, descriptor: int) -> None:
+    module, _, attribute = name.partition(":")
+    connection = Connection(descriptor)
+    function = getattr(importlib.import_module(module), attribute)
+    while True:
+        try:
+            args = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            answer = True, function(*args)
+        except Exception as error:
+            answer = False, f"{type(error).__name__}: {error}"
+        connection.send(answer)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))
