@@ -19,7 +19,8 @@ from tqdm import tqdm
 from fuzzytok_kernels.nn import CausalConv1d, FuzzyTokenizer, bits_per_byte
 
 _SHORTEST, _LONGEST = 2000, 4 << 20  # bytes of text: enough for a held-out part, and little enough for xz to keep up
-_PASSES = 10  # over the text, at most: a small text learnt by heart predicts no other
+_PASSES = 10  # over the text, at most: a text learnt by heart predicts no other
+_STEPS = 200  # in those passes, at least: a short text gets smaller batches
 
 
 class _Size(NamedTuple):
@@ -118,7 +119,9 @@ def _autocast(device: torch.device) -> torch.autocast:
 def _train(model: nn.Module, ids: Tensor, size: _Size, seconds: float) -> None:
     """AdamW on random windows until the time is up or the text was passed over often enough; the learning rate falls to 0 by then."""
     length = min(size.length, len(ids) - 1)
-    most = max(200, _PASSES * len(ids) // (size.batch * length))
+    bytes_in_all = _PASSES * len(ids)
+    batch_size = max(1, min(size.batch, bytes_in_all // (_STEPS * length)))
+    most = bytes_in_all // (batch_size * length)
     optimizer = torch.optim.AdamW(model.parameters())
     window = torch.arange(length + 1, device=ids.device)
     begin, steps, loss = time.perf_counter(), 0, torch.tensor(math.nan)
@@ -128,12 +131,12 @@ def _train(model: nn.Module, ids: Tensor, size: _Size, seconds: float) -> None:
             if steps % 10 == 1:
                 bar.set_postfix_str(f"step {steps:,}, {loss.item():.2f} bits per byte", refresh=False)
             optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (steps + 1) / 30) * (1 - done)
-            batch = ids[torch.randint(len(ids) - length, (size.batch, 1), device=ids.device) + window]
+            batch = ids[torch.randint(len(ids) - length, (batch_size, 1), device=ids.device) + window]
             loss = _step(model, optimizer, batch[:, :-1], batch[:, 1:])
             steps += 1
         bar.update(1 - bar.n)
-    took, passes = time.perf_counter() - begin, steps * size.batch * length / len(ids)
-    print(f"trained    {steps:,} steps of {size.batch} x {length} bytes in {took:.0f} s, {passes:.1f} times the text")
+    took, passes = time.perf_counter() - begin, steps * batch_size * length / len(ids)
+    print(f"trained    {steps:,} steps of {batch_size} x {length} bytes in {took:.0f} s, {passes:.1f} times the text")
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor) -> Tensor:
