@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fuzzytok_kernels import reference
 from fuzzytok_kernels.checks import check_causal_conv1d, check_causal_conv1d_input_grad, check_causal_conv1d_weight_grad
@@ -167,22 +168,18 @@ def _vmap_folding_first(op: Callable, size: int, in_dims: tuple, args: tuple) ->
     return torch.stack([op(*_select(args, in_dims, i)) for i in range(size)]), 0
 
 
-def _below_autograd(op: Callable, function: type[_Function]) -> Callable:
-    """The Autograd kernel of an op: `function.apply`, or the op itself where nothing could want a derivative (saves some 8 us a call)."""
+def _below_autograd(op: Callable, function: type[_Function], defaults: tuple) -> Callable:
+    """The Autograd kernel of an op: `function`, or the op itself where nothing could want a derivative (saves some 8 us a call)."""
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # past Function.apply's inspect.signature
 
     def autograd(*args: Any) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-        if wanted or torch.autograd.forward_ad._current_level >= 0:
-            return function.apply(*_with_defaults(op, args))
+        if wanted or forward_ad._current_level >= 0:
+            return apply(*args, *defaults[len(args) :])
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     return autograd
-
-
-def _with_defaults(op: Any, args: tuple) -> tuple:
-    """`args` with the schema's defaults behind them, which the dispatcher strips."""
-    return args + tuple(argument.default_value for argument in op._schema.arguments[len(args) :])
 
 
 def _autocast(op: Callable, device_type: str, casts: bool) -> Callable:
@@ -207,8 +204,9 @@ def _register(schema: str, check: Callable, fake: Callable, function: type[_Func
     for key in ("CPU", "CUDA"):
         _library.impl(name, lambda first, *args: _implementation(name, check, first.device)(first, *args), key)
     torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
-    _library.impl(name, _below_autograd(op, function), "Autograd")
-    _library.impl(name, lambda *args: function.apply(*_with_defaults(op, args)), "FuncTorchDynamicLayerFrontMode")
+    defaults = tuple(argument.default_value for argument in op._schema.arguments)  # the dispatcher strips arguments that equal theirs
+    _library.impl(name, _below_autograd(op, function, defaults), "Autograd")
+    _library.impl(name, lambda *args: function.apply(*args, *defaults[len(args) :]), "FuncTorchDynamicLayerFrontMode")
     _library.impl(name, _autocast(op, "cpu", autocast), "AutocastCPU")
     _library.impl(name, _autocast(op, "cuda", autocast), "AutocastCUDA")
     return op
