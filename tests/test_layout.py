@@ -29,13 +29,13 @@ def test_strides(problem, layout, device):
                 expected = _tuple(OPS[op](*fakes.args(op)))
             for result, fake in zip(results, expected, strict=True):
                 assert (result.shape, result.stride(), result.dtype) == (fake.shape, fake.stride(), fake.dtype), (op, weight)
-            if op != "causal_conv1d_weight_grad":
+            if op != "causal_conv1d_weight_grad" and results[0].numel():
                 source = inputs.args(op)[0]
                 assert results[0].stride() == _rule(source, results[0].shape[1]), (op, weight)
 
 
 def _rule(x: torch.Tensor, channels: int) -> tuple:
-    T = max(x.shape[2], 1)
+    T = x.shape[2]
     return (T * channels, 1, channels) if x.stride(1) == 1 and x.stride(2) != 1 else (channels * T, T, 1)
 
 

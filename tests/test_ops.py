@@ -23,7 +23,8 @@ from fuzzytok_kernels.layout import empty_output
 
 SHAPES = {
     "one block": Problem(B=2, c_in=16, c_out=16, T=64, K=3, d=2),
-    "several blocks, none full": Problem(B=2, c_in=72, c_out=136, T=141, K=3, d=4),
+    "several blocks of time": Problem(B=2, c_in=24, c_out=16, T=141, K=3, d=4),
+    "several blocks of channels": Problem(B=1, c_in=136, c_out=152, T=21, K=2, d=4),
     "one step": Problem(B=3, c_in=16, c_out=24, T=1, K=3, d=4),
     "T below the history": Problem(B=2, c_in=16, c_out=24, T=5, K=3, d=4),
     "T equal to the history": Problem(B=2, c_in=16, c_out=16, T=8, K=3, d=4),
