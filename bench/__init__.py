@@ -1,0 +1,1 @@
+"""Throughput of the ops beside everything else that computes them: `make bench`, `make bench-check`."""

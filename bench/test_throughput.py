@@ -1,0 +1,52 @@
+"""The rows. Each is checked against the reference in fp64 before it is timed; a wrong one fails and has no time."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench.grid import Case, cases
+from bench.measure import BUDGET_MS, DEVICE, Calls, Data, Round, extra_info, switches
+from bench.roofline import ceilings
+from fuzzytok_kernels.tuning import timer
+from fuzzytok_kernels.tuning.gpu import versions
+
+_CASES = cases(on_gpu=DEVICE == "cuda")
+_MACHINE: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None, "versions": versions()}
+
+
+@pytest.mark.parametrize("case", [case for case in _CASES if case.section != "host"], ids=str)
+def test_throughput(case: Case, benchmark: Any, drawn: Callable[[Case], Data]) -> None:
+    """On the device: the median round, by the device's own clock. What pytest-benchmark prints is that of the host, a whole round."""
+    limits = ceilings()
+    with switches(case):
+        calls = Calls(case, drawn(case))
+        configs = calls.configs()
+        one_round = Round(calls)
+        one_round()
+        error = calls.error()
+        rounds = timer.rounds(one_round.milliseconds.pop(), BUDGET_MS)
+        benchmark.pedantic(one_round, rounds=rounds)
+    microseconds = statistics.median(one_round.milliseconds) * 1e3 / len(calls.all)
+    benchmark.extra_info.update(
+        extra_info(case, microseconds, limits), calls=len(calls.all), copies=len(calls.copies), error=error, configs=configs, **_MACHINE
+    )
+
+
+@pytest.mark.parametrize("case", [case for case in _CASES if case.section == "host"], ids=str)
+def test_host(case: Case, benchmark: Any) -> None:
+    """On the host: the median time in which an eager call returns, the device idle at its start and never waited for."""
+    with switches(case), torch.set_grad_enabled(case.op == "forward_backward"):
+        calls = Calls(case, Data(case, 1))
+        configs = calls.configs()
+        error = calls.error()
+        benchmark.pedantic(calls.copies[0], setup=_synchronize, rounds=200 if DEVICE == "cuda" else 20, warmup_rounds=10)
+    microseconds = benchmark.stats.stats.median * 1e6
+    benchmark.extra_info.update(extra_info(case, microseconds, None), error=error, configs=configs, **_MACHINE)
+
+
+def _synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
