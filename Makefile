@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint bench
+.PHONY: demo test test-gpu lint bench bench-check
 
 # FILE and TEXT reach the shell as environment variables, so that no quoting can break them.
 export FILE TEXT
@@ -25,12 +25,21 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/installed
-	$(BIN)/python -m pytest bench
+# On a GPU machine whose python3 has PyTorch, Triton, pytest-benchmark and matplotlib, `python3 -m bench` does the same and installs nothing.
+bench: .venv/installed-bench
+	OMP_WAIT_POLICY=passive $(BIN)/python -m bench
+
+# Compares the last run with bench/baselines/; `python3 -m bench.check --update` stores it there instead.
+bench-check: .venv/installed-bench
+	$(BIN)/python -m bench.check
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
