@@ -39,7 +39,9 @@ def test_old_gpu_runs_the_reference_with_one_warning(old_gpu, monkeypatch):
             if ON_CUDA:
                 assert_accurate(make_inputs(PROBLEM, torch.float16, old_gpu))
     assert not ON_CUDA or all(call.call_count == 6 for call in calls.values())  # ours, and the oracle's
-    assert [("Old GPU" in str(warning.message), warning.category) for warning in caught] == [(True, UserWarning)]
+    messages = [str(warning.message) for warning in caught if "fuzzytok_kernels" in str(warning.message)]
+    assert len(messages) == 1
+    assert "Old GPU" in messages[0]
 
 
 @needs_cuda
