@@ -49,7 +49,8 @@ def tiled(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 def naive(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
     """The same with all channels in one tile. Its tiles leave no room to load ahead, so that it has one stage."""
     c_out, c_in, _ = weight.shape
-    return _launch(x, weight, bias, dilation, triton.next_power_of_2(c_out), triton.next_power_of_2(c_in), num_stages=1)
+    block_out, block_in = (max(16, triton.next_power_of_2(channels)) for channels in (c_out, c_in))  # 16 is the least of tl.dot
+    return _launch(x, weight, bias, dilation, block_out, block_in, num_stages=1)
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor, dilation: int, block_out: int, block_in: int, num_stages: int) -> Tensor:

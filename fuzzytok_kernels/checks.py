@@ -27,14 +27,14 @@ def check_causal_conv1d(x: Checkable, weight: Checkable, bias: Checkable | None 
         _check_like("bias", bias, "x", x)
         if len(bias.shape) != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one value per output channel of weight")
-    _check_positive("dilation", dilation)
+    check_positive("dilation", dilation)
 
 
 def check_causal_conv1d_input_grad(grad_y: Checkable, weight: Checkable, dilation: int = 1) -> None:
     """Raise ValueError or TypeError unless grad_y (B, C_out, T) and weight (C_out, C_in, K) go together."""
     _check_sequence("grad_y", grad_y)
     _check_weight(weight, grad_y, channels=0, of="grad_y's channels (C_out)", name="grad_y")
-    _check_positive("dilation", dilation)
+    check_positive("dilation", dilation)
 
 
 def check_causal_conv1d_weight_grad(grad_y: Checkable, x: Checkable, kernel_size: int, dilation: int = 1) -> None:
@@ -44,8 +44,8 @@ def check_causal_conv1d_weight_grad(grad_y: Checkable, x: Checkable, kernel_size
     _check_like("x", x, "grad_y", grad_y)
     if x.shape[0] != grad_y.shape[0] or x.shape[2] != grad_y.shape[2]:
         raise ValueError(f"x has shape {tuple(x.shape)}; its batch and time must equal those of grad_y, {tuple(grad_y.shape)}")
-    _check_positive("kernel_size", kernel_size)
-    _check_positive("dilation", dilation)
+    check_positive("kernel_size", kernel_size)
+    check_positive("dilation", dilation)
 
 
 def _check_sequence(name: str, x: Checkable) -> None:
@@ -79,6 +79,6 @@ def _check_like(name: str, value: Checkable, like_name: str, like: Checkable) ->
         )
 
 
-def _check_positive(name: str, value: int) -> None:
+def check_positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} is {value}; expected at least 1")

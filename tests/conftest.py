@@ -24,20 +24,20 @@ def device() -> torch.device:
     return DEVICE
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(params=SIZES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype_of_each_size(request) -> torch.dtype:
-    return request.param
-
-
 @pytest.fixture
 def strict(monkeypatch) -> None:
     """fp32 without TF32. By the old name: PyTorch refuses to read it once the new one has been set."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request, strict) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=SIZES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype_of_each_size(request, strict) -> torch.dtype:
+    return request.param
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from filelock import FileLock
 from modes import DEVICE, needs_cuda, needs_kernels, needs_two_gpus, run_python
-from oracle import OPS, Problem, assert_accurate, assert_same_bits, make_inputs, ours
+from oracle import OPS, Problem, assert_accurate, assert_same_bits, exact, make_inputs, ours
 
 from fuzzytok_kernels import reference
 
@@ -88,6 +88,22 @@ def test_calls_that_look_alike(device, path, strict):
 def test_strict_fp32(layout, strict, device, path):
     inputs = make_inputs(Problem(B=4, c_in=128, c_out=96, T=300, K=3, d=4), torch.float32, device, x=layout, grad_y=layout)
     assert_accurate(inputs)
+
+
+@needs_cuda
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+@pytest.mark.parametrize("problem", [ALIGNED, ODD, ALIGNED._replace(B=4, c_in=256, c_out=192, T=2053)], ids=["aligned", "odd", "long"])
+def test_tf32(problem, layout, device, path):
+    """The error of operands rounded to the nearest TF32, twice at most. Not PyTorch's own: it takes TF32 for some shapes only."""
+    inputs = make_inputs(problem, torch.float32, device, x=layout, grad_y=layout)
+    got, want, rounded = ours(inputs), exact(inputs), exact(inputs.map(_nearest_tf32))
+    for name, value in want.items():
+        error, allowed = ((each[name].double() - value).norm() / value.norm() for each in (got, rounded))
+        assert error <= (1e-6 if name == "grad_bias" else 2 * allowed), name
+
+
+def _nearest_tf32(x: torch.Tensor) -> torch.Tensor:
+    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 @needs_cuda

@@ -30,9 +30,8 @@ _DEFAULT = {("bf16", "last"): _BF16, ("fp16", "last"): _HALF, ("tf32", "last"): 
 _DEFAULT |= {("bf16", "first"): _HALF, ("fp16", "first"): _COMMON, ("tf32", "first"): _COMMON, ("fp32", "first"): _COMMON}
 
 
-def default_jobs() -> list[Job]:
-    """The list that a warm-up without arguments tunes, for the current GPU."""
-    descriptors = facts(torch.device("cuda", torch.cuda.current_device())).descriptors
+def default_jobs(descriptors: bool) -> list[Job]:
+    """The list that a warm-up without arguments tunes, for a GPU with or without descriptors."""
     jobs = []
     for (dtype, layout), shapes in _DEFAULT.items():
         row = 16 // (2 if dtype in ("fp16", "bf16") else 4)
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif chosen.model is not None:
         jobs = [job_of(problem) for problem in _problems_of(chosen.model)]
     else:
-        jobs = default_jobs()
+        jobs = default_jobs(facts(torch.device("cuda", torch.cuda.current_device())).descriptors)
     started = time.monotonic()
     folder = chosen.out or user_folder()
     entries = tune(jobs, folder, MOST_QUICK if chosen.quick else MOST)
