@@ -72,12 +72,11 @@ def test_configs(problem, config, dtype_of_each_size, device, path):
 def test_calls_that_look_alike(device, path, strict):
     """Same shapes and strides, but other values, another alignment, no bias or a bias with gaps: nothing stale is used."""
     aligned = make_inputs(ALIGNED, torch.float16, device, "channels-last", "channels-last", "tap-major")
-    off = make_inputs(ALIGNED, torch.float16, device, "channels-last, one element off", "channels-last, one element off", "tap-major")
+    off = make_inputs(ALIGNED, torch.float16, device, *["channels-last, one element off"] * 2, "tap-major")._asdict()
     gaps = torch.randn(80, device=device).half()[::2]
     for _ in range(2):
-        for inputs in (aligned, off, aligned._replace(grad_y=off.grad_y), aligned._replace(bias=None), off._replace(bias=gaps)):
-            assert_accurate(inputs)
-            assert_accurate(inputs._replace(dilation=1))
+        for changes in ({}, off, {"grad_y": off["grad_y"]}, {"bias": None}, {"bias": gaps}, {"dilation": 1}):
+            assert_accurate(aligned._replace(**changes))
 
 
 # ---- only on a GPU
