@@ -182,7 +182,7 @@ def _problem(op: str, x: _Traits, dtype: str, c_in: int, c_out: int, kernel_size
         and kernel_size * min(dilation, T) + T < 2**31  # coordinates are 32-bit
     )  # fmt: skip
     layout = "last" if is_channels_last(x.strides) else "first"
-    return Problem(op, dtype, layout, kernel_size, aligned, c_in, c_out, rounded_steps(B * T))
+    return Problem(op, dtype, layout, aligned, kernel_size, c_in, c_out, rounded_steps(B * T))
 
 
 def _dtype_name(x: Tensor) -> str:

@@ -30,7 +30,7 @@ GPU = Gpu("Fake GPU 9000", "sm90", 132, 232448)
 SIBLING = Gpu("Fake GPU 9000 Ti", "sm90", 144, 232448)
 GENERIC = Gpu("generic", "sm90", 1, 232448)
 OP = "causal_conv1d"
-PROBLEM = Problem(OP, "bf16", "last", 3, True, 256, 256, 65536)
+PROBLEM = Problem(OP, "bf16", "last", True, 3, 256, 256, 65536)
 CONFIG = Config("tma", 128, 64, 128, 4, 3, 2)
 
 
@@ -370,9 +370,9 @@ def explained(capsys, *arguments: str) -> str:
 def test_explain_what_serves(places, capsys):
     path = places.put(places.cache, 2, problem=PROBLEM._replace(c_in=128), time_us=41.7, default_us=45.0)
     text = explained(capsys)
-    assert re.search(rf"served by +{re.escape(str(path))}\nentry +C_in=128 C_out=256 B\*T=65536\nconfig .*num_stages=2", text)
+    assert re.search(rf"served by +{re.escape(str(path))}\nentry +K=3 C_in=128 C_out=256 B\*T=65536\nconfig .*num_stages=2", text)
     assert "41.7 us, the default's 45.0 us" in text
-    assert "nearest C_in=128 C_out=256 B*T=65536: 1.00 doublings away" in text
+    assert "nearest K=3 C_in=128 C_out=256 B*T=65536: 1.00 doublings away" in text
     assert "no such file" in text
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "versions": {**content["versions"], "triton": "3.0.0"}}))

@@ -48,7 +48,7 @@ def _first_that_fits(job: Job, compiled: dict[Config, Future], gpu: Gpu) -> Entr
             used = future.result()
         except WorkerError:  # the compiler failed on it
             continue
-        if used.shared <= gpu.shared_memory and not used.local:
+        if used.shared <= gpu.shared_memory and not used.spills:
             return Entry(job.problem, config, shared=used.shared)
     return None
 

@@ -26,7 +26,7 @@ def problem_from(options: argparse.Namespace, gpu: Gpu | None = None) -> tuple[P
     row = 4 if options.dtype in ("tf32", "fp32") else 8  # elements in the 16 bytes that descriptors ask for
     coordinates = K * min(options.dilation, T) + T
     aligned = gpu is not None and gpu.descriptors and c_in % row == 0 and c_out % row == 0 and coordinates < 2**31
-    problem = Problem(options.op, options.dtype, options.layout, K, aligned, c_in, c_out, rounded_steps(B * T))
+    problem = Problem(options.op, options.dtype, options.layout, aligned, K, c_in, c_out, rounded_steps(B * T))
     return problem, options.dilation, B, T
 
 

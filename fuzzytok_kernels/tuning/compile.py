@@ -22,7 +22,12 @@ class Resources(NamedTuple):
 
     shared: int  # bytes a program
     registers: int  # a thread; 0 where the backend does not say
-    local: int  # bytes of local memory a thread: spilled registers
+    local: int  # bytes of local memory a thread
+
+    @property
+    def spills(self) -> bool:
+        """Whether registers were spilled. Blackwell's weight-grad keeps 8 bytes on the stack with registers to spare."""
+        return self.local > 16
 
 
 def resources(problem: Problem, config: Config, target: GPUTarget, T: int = 64) -> Resources:

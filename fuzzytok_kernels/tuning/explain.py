@@ -86,11 +86,11 @@ def _best(entries: list[Entry], problem: Problem, farther: int) -> str:
 
 
 def _differences(had: Problem, expected: Problem) -> list[str]:
-    return [f"{name} is {a!r}, expected {b!r}" for name, a, b in zip(Problem._fields[:-3], had, expected, strict=False) if a != b]
+    return [f"{name} is {a!r}, expected {b!r}" for name, a, b in zip(Problem._fields, had.kind, expected.kind, strict=False) if a != b]
 
 
 def _sizes(problem: Problem) -> str:
-    return f"C_in={problem.c_in} C_out={problem.c_out} B*T={problem.steps}"
+    return f"K={problem.kernel_size} C_in={problem.c_in} C_out={problem.c_out} B*T={problem.steps}"
 
 
 def _fields(config: Config) -> str:

@@ -40,7 +40,7 @@ def race(job: Job, config: Config, used: Resources, shared_memory: int) -> tuple
     default, candidate = (_triton_config(each) for each in (default_config(job.problem), config))
 
     def early_config_prune(configs: list[triton.Config], named_args: dict, **kwargs: Any) -> list[triton.Config]:
-        fits = used.shared <= shared_memory and not used.local
+        fits = used.shared <= shared_memory and not used.spills
         return [each for each in configs if fits or each is not candidate]
 
     try:

@@ -77,9 +77,10 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
         return Config(path, 32, min(block_in, 64), min(block_out, 64), 4, 2, 2)
     summed, produced = channels(problem)
     if path == "tma":
-        return Config(path, 128, _block(summed, 64 // wide), _block(produced, 128), 4 * wide, 2, 2 // wide)
+        block_out = _block(produced, 64 if problem.dtype == "fp32" else 128)  # three TF32 products take three times the registers
+        return Config(path, 128, _block(summed, 64 // wide), block_out, 4 * wide, 2, 2 // wide)
     block_t = 128 if problem.steps >= 1 << 15 else 64 if problem.steps >= 1 << 11 else 32
-    return Config(path, block_t // wide, 32 // wide, _block(produced, 64), 4, 2, 1)
+    return Config(path, block_t // wide, 32 // wide, _block(produced, 64), 4 * wide, 2, 1)
 
 
 def candidates(problem: Problem, most: int) -> list[Config]:

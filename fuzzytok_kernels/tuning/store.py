@@ -91,14 +91,14 @@ def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured
 
 
 def nearest(entries: Iterable[Entry], problem: Problem) -> Entry | None:
-    """The entry for `problem`, or the nearest one that is equal in all but C_in, C_out and B*T; None if there is none."""
-    alike = [entry for entry in entries if entry.problem[:-3] == problem[:-3]]
+    """The entry for `problem`, or the one of its kind that is nearest in K, C_in, C_out and B*T; None if there is none."""
+    alike = [entry for entry in entries if entry.problem.kind == problem.kind]
     return min(alike, key=lambda entry: (distance(entry.problem, problem), entry.problem), default=None)
 
 
 def distance(a: Problem, b: Problem) -> float:
     """How many doublings lie between the sizes of two problems."""
-    return math.dist([math.log2(size) for size in a[-3:]], [math.log2(size) for size in b[-3:]])
+    return math.dist(*([math.log2(size) for size in problem.sizes] for problem in (a, b)))
 
 
 # ---- what can be trusted

@@ -19,7 +19,8 @@ from fuzzytok_kernels.tuning.tuner import MOST, MOST_QUICK, job_of, tune
 
 # B, T, C_in, C_out, K: the paper's four sizes, long ones, narrow and wide channels, other kernel sizes.
 _COMMON = ((8, 256, 256, 256, 3), (32, 2048, 256, 256, 3))
-_HALF = (*_COMMON, (32, 1024, 256, 256, 3), (32, 2048, 512, 512, 3), (64, 4096, 128, 128, 3), (32, 2048, 64, 64, 3))
+_HALF = (*_COMMON, (32, 1024, 256, 256, 3), (32, 2048, 512, 512, 3), (64, 4096, 128, 128, 3), (32, 2048, 64, 64, 3),
+         (32, 2048, 250, 250, 3), (8, 256, 60, 60, 3))  # fmt: skip  # the last two have rows that descriptors cannot read
 _BF16 = (
     *_HALF, (1, 128, 256, 256, 3), (16, 512, 256, 256, 3), (8, 8192, 1024, 1024, 3), (8, 256, 64, 64, 3), (8, 512, 512, 512, 3),
     (8, 512, 1024, 1024, 3), (32, 1024, 128, 128, 3), (32, 2048, 128, 256, 3), (32, 2048, 256, 128, 3), (32, 2048, 256, 256, 2),
@@ -38,7 +39,7 @@ def default_jobs(descriptors: bool) -> list[Job]:
         for op in OPS:
             for B, T, c_in, c_out, K in shapes:
                 aligned = descriptors and c_in % row == 0 and c_out % row == 0
-                jobs.append(Job(Problem(op, dtype, layout, K, aligned, c_in, c_out, rounded_steps(B * T)), B, T, dilation=2))
+                jobs.append(Job(Problem(op, dtype, layout, aligned, K, c_in, c_out, rounded_steps(B * T)), B, T, dilation=2))
     return jobs
 
 

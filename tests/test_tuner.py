@@ -1,0 +1,182 @@
+"""The measuring half of the tuner, as far as it goes without a GPU: workers, compilation for absent GPUs, the choice of a winner."""
+
+import contextlib
+from concurrent.futures import Future
+
+import pytest
+from modes import INTERPRETED
+
+from fuzzytok_kernels.tuning import Problem
+from fuzzytok_kernels.tuning.gpu import Gpu
+from fuzzytok_kernels.tuning.lookup import shipped_folder
+from fuzzytok_kernels.tuning.space import OPS, candidates, default_config, predicted
+from fuzzytok_kernels.tuning.store import path_of, read
+from fuzzytok_kernels.tuning.worker import Worker, WorkerError
+
+pytest.importorskip("triton")
+from fuzzytok_kernels.tuning import tuner
+from fuzzytok_kernels.tuning.architectures import ARCHITECTURES
+from fuzzytok_kernels.tuning.compile import Resources
+from fuzzytok_kernels.tuning.warmup import default_jobs
+
+GPU = Gpu("Fake GPU", "sm90", 132, 232_448)
+PROBLEM = Problem("causal_conv1d", "bf16", "last", True, 3, 256, 256, 65536)
+
+
+# ---- workers
+
+
+def test_worker_returns_raises_and_goes_on():
+    with contextlib.closing(Worker("math:sqrt")) as root:
+        assert root(4.0) == 2.0
+        with pytest.raises(WorkerError, match="ValueError"):
+            root(-1.0)
+        assert root(9.0) == 3.0
+
+
+def test_a_crash_costs_one_call():
+    with contextlib.closing(Worker("os:_exit")) as leave, pytest.raises(WorkerError, match="died"):
+        leave(3)
+    with contextlib.closing(Worker("os:kill")) as kill:
+        for _ in range(2):
+            with pytest.raises(WorkerError, match="ProcessLookupError"):
+                kill(2**22 + 1, 9)
+
+
+def test_a_hang_is_cut_off():
+    with contextlib.closing(Worker("time:sleep", timeout=0.5)) as sleep, pytest.raises(WorkerError, match="no answer"):
+        sleep(60)
+
+
+# ---- candidates
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_candidates(op, aligned):
+    problem = PROBLEM._replace(op=op, aligned=aligned)
+    found = candidates(problem, 8)
+    assert 1 < len(found) <= 8
+    assert default_config(problem) not in found
+    assert aligned or all(config.path == "pointer" for config in found)
+    assert found == sorted(found, key=lambda config: (predicted(problem, config), config))
+
+
+def test_default_jobs_are_distinct():
+    problems = [job.problem for job in default_jobs(descriptors=True)]
+    assert len(set(problems)) == len(problems) > 100
+
+
+# ---- the choice of a winner, with times made up
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """tune() with a race that any function of the config decides, and a count of races."""
+    races = []
+
+    def race_by(share):
+        def race(job, config, used, shared_memory):
+            races.append(config)
+            result = share(config)
+            if isinstance(result, BaseException):
+                raise result
+            return 100.0, 100.0 * result
+
+        @contextlib.contextmanager
+        def compilers(gpu):
+            def compile(job, config):
+                future = Future()
+                future.set_result(Resources(shared=1000, registers=32, local=0))
+                return future
+
+            yield compile
+
+        monkeypatch.setattr(tuner, "racer", lambda: contextlib.nullcontext(race))
+        monkeypatch.setattr(tuner, "compilers", compilers)
+
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: GPU))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return race_by, races
+
+
+def test_the_fastest_wins_and_is_stored(made_up, tmp_path):
+    race_by, _ = made_up
+    best = candidates(PROBLEM, 6)[3]
+    race_by(lambda config: 0.5 if config == best else 0.9)
+    (entry,) = tuner.tune([tuner.job_of(PROBLEM)], tmp_path, 6)
+    assert (entry.config, entry.time_us, entry.default_us) == (best, 50.0, 100.0)
+    assert read(path_of(tmp_path, GPU, PROBLEM.op), GPU, PROBLEM.op) == ([entry], None)
+
+
+@pytest.mark.parametrize("share", [0.99, 1.0, 1.5, float("inf")])
+def test_a_winner_must_beat_the_default_by_two_percent(share, made_up, tmp_path):
+    race_by, _ = made_up
+    race_by(lambda config: share)
+    (entry,) = tuner.tune([tuner.job_of(PROBLEM)], tmp_path, 6)
+    assert entry.config == default_config(PROBLEM)
+
+
+def test_a_candidate_that_crashes_is_left_out(made_up, tmp_path):
+    race_by, _ = made_up
+    first, second, *_ = candidates(PROBLEM, 6)
+    race_by(lambda config: WorkerError("crash") if config == first else 0.6 if config == second else 0.7)
+    (entry,) = tuner.tune([tuner.job_of(PROBLEM)], tmp_path, 6)
+    assert entry.config == second
+
+
+def test_a_killed_run_goes_on_where_it_was(made_up, tmp_path):
+    race_by, races = made_up
+    jobs = [tuner.job_of(PROBLEM._replace(c_in=c_in)) for c_in in (64, 128, 256)]
+
+    def share(config):
+        return KeyboardInterrupt() if len(races) > 8 else 0.5
+
+    race_by(share)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.tune(jobs, tmp_path, 6)
+    stored = read(path_of(tmp_path, GPU, PROBLEM.op), GPU, PROBLEM.op)[0]
+    assert [entry.problem for entry in stored] == [jobs[0].problem]
+
+    races.clear()
+    race_by(lambda config: 0.5)
+    assert [entry.problem for entry in tuner.tune(jobs, tmp_path, 6)] == [job.problem for job in jobs]
+    assert len(races) == 12, "the first problem was raced again"
+    races.clear()
+    tuner.tune(jobs, tmp_path, 6)
+    assert not races
+    tuner.tune(jobs, tmp_path, 8)  # more candidates than were tried
+    assert races
+
+
+def test_nothing_is_tuned_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: None))
+    with pytest.raises(RuntimeError, match="there is none"):
+        tuner.tune([tuner.job_of(PROBLEM)], tmp_path)
+
+
+# ---- other GPUs
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("gpu", ARCHITECTURES, ids=lambda gpu: gpu.arch)
+def test_the_default_fits_every_gpu(gpu):
+    with tuner.compilers(gpu) as compile:
+        futures = {}
+        for op in OPS:
+            for dtype in ("bf16", "fp32") if gpu.arch.startswith("sm") else ("bf16",):
+                job = tuner.job_of(PROBLEM._replace(op=op, dtype=dtype, aligned=gpu.descriptors))
+                futures[op, dtype] = compile(job, default_config(job.problem))
+        for name, future in futures.items():
+            used = future.result()
+            assert used.shared <= gpu.shared_memory, name
+            assert not used.spills, name
+
+
+def test_shipped_files_are_of_this_version():
+    files = sorted(shipped_folder().glob("*/*/*.json"))
+    for path in files:
+        gpu = next(gpu for gpu in ARCHITECTURES if gpu.arch == path.parts[-3])
+        entries, refusal = read(path, gpu, path.stem)
+        assert entries, (path, refusal)
+        assert refusal is None, path
