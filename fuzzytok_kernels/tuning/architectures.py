@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fuzzytok_kernels.tuning.compile import Resources
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.measure import Job
-from fuzzytok_kernels.tuning.space import OPS, Config, candidates, default_config
+from fuzzytok_kernels.tuning.space import OPS, candidates, default_config
 from fuzzytok_kernels.tuning.store import Entry, merge
 from fuzzytok_kernels.tuning.tuner import compilers
 from fuzzytok_kernels.tuning.warmup import default_jobs
@@ -24,7 +25,7 @@ ARCHITECTURES = (
     Gpu("generic", "sm90", 132, 232_448), Gpu("generic", "sm100", 148, 232_448), Gpu("generic", "sm120", 170, 101_376),
     Gpu("generic", "gfx942", 304, 65_536),
 )  # fmt: skip
-_TRIED = 3  # candidates a problem, the default behind them
+_TRIED = 3  # candidates a problem; the default, which fits everywhere, is behind them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,24 +34,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="tuning_cache")
     folder = parser.parse_args(arguments).folder
     for gpu in ARCHITECTURES:
-        with compilers(gpu) as compile:
-            plans = {job: [*candidates(job.problem, _TRIED), default_config(job.problem)] for job in default_jobs(gpu.descriptors)}
-            compiled = {job: {config: compile(job, config) for config in configs} for job, configs in plans.items()}
-            entries = [_first_that_fits(job, futures, gpu) for job, futures in tqdm(compiled.items(), desc=gpu.arch)]
+        entries = _fitting(gpu, default_jobs(gpu.descriptors))
         for op in OPS:
-            merge(folder, gpu, op, [entry for entry in entries if entry and entry.problem.op == op], {"how": "compiled, not measured"})
+            merge(folder, gpu, op, [entry for entry in entries if entry.problem.op == op], {"how": "compiled, not measured"})
     return 0
 
 
-def _first_that_fits(job: Job, compiled: dict[Config, Future], gpu: Gpu) -> Entry | None:
-    for config, future in compiled.items():
-        try:
-            used = future.result()
-        except WorkerError:  # the compiler failed on it
-            continue
-        if used.shared <= gpu.shared_memory and not used.spills:
-            return Entry(job.problem, config, shared=used.shared)
-    return None
+def _fitting(gpu: Gpu, jobs: list[Job]) -> list[Entry]:
+    """For each job the first of its configs that fits `gpu`."""
+    choices = {job: iter([*candidates(job.problem, _TRIED), default_config(job.problem)]) for job in jobs}
+    entries = []
+    with compilers(gpu) as compile, tqdm(total=len(jobs), desc=gpu.arch) as progress:
+        while choices:
+            configs = {job: next(configs) for job, configs in choices.items()}
+            compiled = {job: compile(job, config) for job, config in configs.items()}
+            for job, future in compiled.items():
+                if used := _fits(future, gpu):
+                    entries.append(Entry(job.problem, configs[job], shared=used.shared))
+                    del choices[job]
+                    progress.update()
+    return entries
+
+
+def _fits(compiled: Future, gpu: Gpu) -> Resources | None:
+    try:
+        used = compiled.result()
+    except WorkerError:  # the compiler failed on it
+        return None
+    return used if used.shared <= gpu.shared_memory and not used.spills else None
 
 
 if __name__ == "__main__":
