@@ -36,18 +36,37 @@ def _gpu_facts(device: torch.device) -> Facts:
 
 @functools.cache
 def runs_triton(device: torch.device) -> bool:
-    """True for a GPU whose tensor cores Triton uses, and for the CPU under `TRITON_INTERPRET=1`; warns once of a GPU that is left out."""
-    if importlib.util.find_spec("triton") is None:
-        return False
+    """True for a GPU that Triton uses well, and for the CPU under `TRITON_INTERPRET=1`; warns once of a GPU that is left out."""
+    if device.type != "cuda":
+        return _installed() and _interprets()
+    reason = _reason_against(device)
+    if reason is not None:
+        warnings.warn(
+            f"fuzzytok_kernels: {reason}; convolutions on {torch.cuda.get_device_name(device)} run on PyTorch's own, here and from now on",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def _reason_against(device: torch.device) -> str | None:
+    if not _installed():
+        return "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton does not use the tensor cores of GPUs before Ampere"
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # whatever a driver that does not load may raise
+        return f"Triton cannot use the driver ({error})"
+    return None
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interprets() -> bool:
     import triton
 
-    if device.type != "cuda":
-        return triton.knobs.runtime.interpret
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
-        return True
-    warnings.warn(
-        f"fuzzytok_kernels: Triton does not use the tensor cores of {torch.cuda.get_device_name(device)}; "
-        "its convolutions run on PyTorch's own, here and from now on",
-        stacklevel=2,
-    )
-    return False
+    return triton.knobs.runtime.interpret

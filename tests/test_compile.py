@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from modes import HALF, ON_CUDA
+from modes import HALF, ON_CUDA, needs_cuda, run_python
 from oracle import assert_same_bits
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -64,3 +64,23 @@ def test_exports_with_dynamic_sizes(net, device):
     exported = torch.export.export(net, (_x(2, 32, "channels-first", device),), dynamic_shapes=(sizes,)).module()
     x = _x(5, 19, "channels-first", device)
     assert torch.equal(exported(x), net(x))
+
+
+@needs_cuda
+def test_cuda_graphs_in_a_fresh_process():
+    """mode="reduce-overhead" right after the import: the ops' first calls come while Inductor warms up and captures."""
+    run_python("""
+import torch
+from fuzzytok_kernels import CausalConv1d
+net = torch.nn.Sequential(CausalConv1d(16, 32, 3, dilation=2), torch.nn.ReLU(), CausalConv1d(32, 16, 3)).cuda()
+compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+for _ in range(4):
+    x = torch.randn(4, 16, 64, device="cuda", requires_grad=True)
+    torch.compiler.cudagraph_mark_step_begin()
+    y = compiled(x)
+    got = y.detach().clone(), *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
+    y = net(x)
+    want = y.detach(), *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+""")

@@ -49,9 +49,21 @@ def test_this_gpu_runs_the_kernels(device):
     assert support.runs_triton(torch.device("cuda:0"))
 
 
-def test_without_triton_the_reference(monkeypatch, device):
+def test_without_triton_the_reference(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert support.runs_triton.__wrapped__(device) is False
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
+    assert support.runs_triton.__wrapped__(torch.device("cpu")) is False
+    with pytest.warns(UserWarning, match="Triton is not installed; convolutions on A GPU"):
+        assert support.runs_triton.__wrapped__(torch.device("cuda:0")) is False
+
+
+def test_without_a_driver_the_reference(monkeypatch):
+    triton_driver = pytest.importorskip("triton.runtime.driver").driver
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(triton_driver, "_active", Mock(**{"get_current_target.side_effect": RuntimeError("no driver")}))
+    with pytest.warns(UserWarning, match=r"Triton cannot use the driver \(no driver\); convolutions on A GPU"):
+        assert support.runs_triton.__wrapped__(torch.device("cuda:0")) is False
 
 
 CALL = "fuzzytok_kernels.causal_conv1d(torch.ones(1, 1, 2), torch.ones(1, 1, 1))"

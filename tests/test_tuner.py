@@ -4,7 +4,7 @@ import contextlib
 from concurrent.futures import Future
 
 import pytest
-from modes import INTERPRETED
+from modes import INTERPRETED, ON_CUDA, needs_cuda, run_python
 
 from fuzzytok_kernels.tuning import Problem
 from fuzzytok_kernels.tuning.gpu import Gpu
@@ -158,7 +158,7 @@ def test_nothing_is_tuned_without_a_gpu(monkeypatch, tmp_path):
 # ---- other GPUs
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.skipif(INTERPRETED or ON_CUDA, reason="compiles for other GPUs: once, on the CPU, is enough")
 @pytest.mark.parametrize("gpu", ARCHITECTURES, ids=lambda gpu: gpu.arch)
 def test_the_default_fits_every_gpu(gpu):
     with tuner.compilers(gpu) as compile:
@@ -180,3 +180,47 @@ def test_shipped_files_are_of_this_version():
         entries, refusal = read(path, gpu, path.stem)
         assert entries, (path, refusal)
         assert refusal is None, path
+
+
+# ---- on a GPU
+
+
+@needs_cuda
+def test_warm_up_explain_and_check(tmp_path, capsys, monkeypatch):
+    """One problem from the command line: tuned, stored, served by the file, still right and fast."""
+    from fuzzytok_kernels.cli import main
+
+    monkeypatch.setenv("FUZZYTOK_TUNING_DIR", str(tmp_path))
+    one = ["--op", "causal_conv1d", "--shape", "2,96,24,40,3", "--dtype", "fp16"]
+    assert main(["warmup", *one, "--quick"]) == 0
+    assert "1 of 1 problems tuned" in capsys.readouterr().out
+    gpu = Gpu.current(0)
+    (entry,), refusal = read(path_of(tmp_path, gpu, "causal_conv1d"), gpu, "causal_conv1d")
+    assert (entry.problem.steps, entry.problem.c_in, entry.problem.dtype, refusal) == (256, 24, "fp16", None)
+    assert main(["explain", *one]) == 0
+    assert f"served by   {path_of(tmp_path, gpu, 'causal_conv1d')}" in capsys.readouterr().out
+
+
+@needs_cuda
+def test_autotune_at_the_first_call(tmp_path):
+    """FUZZYTOK_AUTOTUNE=1 tunes and stores an unknown problem, but not inside a graph capture; the results are right all the while."""
+    run_python(
+        """
+import pathlib, os, torch
+from fuzzytok_kernels import causal_conv1d, tuning
+x, weight = torch.randn(1, 72, 64, device="cuda").half(), torch.randn(40, 72, 2, device="cuda").half()
+stored = lambda: sorted(pathlib.Path(os.environ["FUZZYTOK_TUNING_DIR"]).rglob("*.json"))
+with tuning.force(path="pointer"):
+    causal_conv1d(x, weight)  # compiles what the capture launches
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = causal_conv1d(x, weight)
+assert not stored()
+graph.replay()
+torch.testing.assert_close(causal_conv1d(x, weight, dilation=1), captured)
+causal_conv1d(x[:, :, :32], weight)
+assert len(stored()) == 1, stored()
+""",
+        FUZZYTOK_AUTOTUNE="1",
+        FUZZYTOK_TUNING_DIR=str(tmp_path),
+    )
