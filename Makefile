@@ -5,12 +5,14 @@ BIN := .venv/bin
 
 .PHONY: demo test test-gpu lint bench bench-check
 
-# FILE and TEXT reach the shell as environment variables, so that no quoting can break them.
+# FILE and TEXT reach the shell as environment variables, unexpanded, so that no quoting and no $ can break them.
+override FILE := $(value FILE)
+override TEXT := $(value TEXT)
 export FILE TEXT
 
 # Threads that wait passively: on 2 cores that others use too, a training step took 0.2 s so and up to 2.5 s else.
 demo: .venv/installed
-	@OMP_WAIT_POLICY=passive $(BIN)/fuzzytok demo $${FILE:+--file "$$FILE"} $${TEXT:+--text "$$TEXT"}
+	@OMP_WAIT_POLICY=passive $(BIN)/fuzzytok demo $${FILE:+--file="$$FILE"} $${TEXT:+--text="$$TEXT"}
 
 # Twice: the reference in plain PyTorch, then the kernels themselves through Triton's interpreter.
 test: .venv/installed

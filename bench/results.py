@@ -41,7 +41,7 @@ class Run:
         self.gpu: str | None = machine["gpu"]
         self.versions: dict[str, str | None] = machine["versions"]
         self.ceilings: dict[str, float] | None = machine["ceilings"]
-        rows = [_row(row["extra_info"]) for row in stored["benchmarks"]]
+        rows = [_row(row["extra_info"]) for row in stored["benchmarks"] if row["extra_info"]]  # a row that failed has none
         self.rows = {row.case[:4]: row for row in rows}
 
     @staticmethod

@@ -80,5 +80,7 @@ def _check_like(name: str, value: Checkable, like_name: str, like: Checkable) ->
 
 
 def check_positive(name: str, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
     if value < 1:
         raise ValueError(f"{name} is {value}; expected at least 1")

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = _SIZES[device.type]
-    if options.seconds <= 0:
+    if not 0 < options.seconds < math.inf:
         parser.error(f"--seconds is {options.seconds}; expected more than 0")
     try:
         name, text = _read(options.file)

@@ -5,11 +5,14 @@ finds its plan, allocates and launches.
 """
 
 import functools
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -21,6 +24,7 @@ from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
 from fuzzytok_kernels.support import conv_switch, facts
 from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
+from fuzzytok_kernels.tuning.space import default_config
 
 _plans = functools.lru_cache(maxsize=4096)  # for each op; a training run whose T changes makes one for every (B, T)
 
@@ -67,7 +71,7 @@ def _forward_plan(x: _Traits, weight: _Traits, bias: _Traits | None, dilation: i
     check_causal_conv1d(x, weight, bias, dilation)
     c_out, c_in, kernel_size = weight.shape
     problem = _problem("causal_conv1d", x, dtype, c_in, c_out, kernel_size, dilation)
-    return _conv(problem, x, weight, (2, 0, 1), bias, dilation)
+    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, dilation))
 
 
 @_plans
@@ -75,10 +79,31 @@ def _input_grad_plan(grad_y: _Traits, weight: _Traits, dilation: int, dtype: str
     check_causal_conv1d_input_grad(grad_y, weight, dilation)
     c_out, c_in, kernel_size = weight.shape
     problem = _problem("causal_conv1d_input_grad", grad_y, dtype, c_in, c_out, kernel_size, dilation)
-    return _conv(problem, grad_y, weight, (2, 1, 0), None, -dilation)
+    return _plan(problem, grad_y.device, functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, -dilation))
 
 
-def _conv(problem: Problem, x: _Traits, weight: _Traits, axes: tuple, bias: _Traits | None, shift: int) -> Callable[..., Tensor]:
+def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable]) -> Callable:
+    """What `build` makes of the config of `problem`; of the default, with one warning, if that asks for more than the GPU has."""
+    launches = [build(tuning.get_config(_device_index(device), problem))]
+
+    def launch(*tensors: Tensor | None) -> Any:
+        try:
+            return launches[-1](*tensors)
+        except OutOfResources as error:
+            if len(launches) > 1 or tuning.is_forced():
+                raise
+            warnings.warn(
+                f"fuzzytok_kernels: the config stored for {problem} does not fit ({error}); the default runs instead", stacklevel=2
+            )
+            launches.append(build(default_config(problem)))
+            return launches[-1](*tensors)
+
+    return _on(device, launch)
+
+
+def _conv(
+    problem: Problem, x: _Traits, weight: _Traits, axes: tuple, bias: _Traits | None, shift: int, config: Config
+) -> Callable[..., Tensor]:
     """y[t] = bias + sum_k weight[k] @ x[t - k*shift], where `axes` make of the weight a (K, C_out, C_in), C_in being summed over."""
     (B, c_in, T), (K, c_out, _) = x.shape, (weight.shape[axis] for axis in axes)
     strides = output_strides(x.strides, c_out, T)
@@ -87,7 +112,6 @@ def _conv(problem: Problem, x: _Traits, weight: _Traits, axes: tuple, bias: _Tra
         return lambda x, weight, bias: allocate()
     shift = max(-T, min(shift, T))  # a tap further back than T sees zeros alone
     stride_bias = 0 if bias is None else bias.strides[0]
-    config = tuning.get_config(_device_index(x.device), problem)
     constants = (K, bias is not None, _precision(problem, x.device))
     tiles = B * _cdiv(T, config.BLOCK_T) * _cdiv(c_out, config.BLOCK_C_OUT)
     if config.path == "pointer":
@@ -99,7 +123,7 @@ def _conv(problem: Problem, x: _Traits, weight: _Traits, axes: tuple, bias: _Tra
             pointer_kernel(x, weight, bias, y, *numbers)
             return y
 
-        return _on(x.device, launch_pointers)
+        return launch_pointers
 
     rows = _rows(x, config.BLOCK_T, config.BLOCK_C_IN)
     taps, in_last = _taps(weight, axes, config)
@@ -114,7 +138,7 @@ def _conv(problem: Problem, x: _Traits, weight: _Traits, axes: tuple, bias: _Tra
         tma_kernel(rows(x), taps(weight), bias, out, B, T, c_in, c_out, shift, stride_bias)
         return y
 
-    return _on(x.device, launch_descriptors)
+    return launch_descriptors
 
 
 @_plans
@@ -126,21 +150,28 @@ def _weight_grad_plan(
     if B * T == 0:
         return lambda grad_y, x: (empty_weight(x, c_out, c_in, kernel_size).zero_(), x.new_zeros(c_out))
     problem = _problem("causal_conv1d_weight_grad", grad_y, dtype, c_in, c_out, kernel_size, dilation)
-    config = tuning.get_config(_device_index(x.device), problem)
+    return _plan(problem, x.device, functools.partial(_weight_grad, problem, grad_y, x, min(dilation, T)))
+
+
+def _weight_grad(problem: Problem, grad_y: _Traits, x: _Traits, shift: int, config: Config) -> Callable[..., tuple[Tensor, Tensor]]:
+    (B, c_out, T), c_in, kernel_size = grad_y.shape, x.shape[1], problem.kernel_size
     shares = kernel_size * _cdiv(c_in, config.BLOCK_C_IN)
     tiles, steps = shares * _cdiv(c_out, config.BLOCK_C_OUT), B * _cdiv(T, config.BLOCK_T)
     filling = max(1, config.programs_per_sm * facts(x.device).multiprocessors // tiles)
     splits = min(steps, max(filling, _cdiv(steps, _LONGEST_SUM)))
     weights = kernel_size * c_out * c_in
-    block = 128
-    reduce = _Kernel(reduce_partials_kernel, _cdiv(weights, block) + _cdiv(c_out, block), (block,))
+    # As many rows at a time as there are splits, and 4096 elements: enough loads in flight for a sum that is all latency.
+    rows = min(32, 1 << (splits - 1).bit_length())
+    columns = 4096 // rows
+    reduce = _Kernel(reduce_partials_kernel, _cdiv(weights, columns) + _cdiv(c_out, columns), (rows, columns))
     constants = kernel_size, _precision(problem, x.device)
-    numbers: tuple[int, ...] = (B, T, c_in, c_out, min(dilation, T), splits, weights)
+    numbers: tuple[int, ...] = (B, T, c_in, c_out, shift, splits, weights)
     read_grad_y: Callable[[Tensor], Any] = _as_it_is
     read_x: Callable[[Tensor], Any] = _as_it_is
     if config.path == "tma":
-        kernel = _Kernel(weight_grad_tma_kernel, tiles * splits, constants, config)
-        read_grad_y, read_x = _rows(grad_y, config.BLOCK_T, config.BLOCK_C_OUT), _rows(x, config.BLOCK_T, config.BLOCK_C_IN)
+        read_grad_y, grad_y_last = _rows_or_columns(grad_y, config.BLOCK_T, config.BLOCK_C_OUT)
+        read_x = _rows(x, config.BLOCK_T, config.BLOCK_C_IN)
+        kernel = _Kernel(weight_grad_tma_kernel, tiles * splits, (*constants, grad_y_last), config)
     else:
         kernel = _Kernel(weight_grad_pointer_kernel, tiles * splits, constants, config)
         numbers += (*grad_y.strides, *x.strides)
@@ -152,7 +183,7 @@ def _weight_grad_plan(
         reduce(partial, grad_weight, grad_bias, weights, c_out, splits, shares)
         return grad_weight, grad_bias
 
-    return _on(x.device, launch)
+    return launch
 
 
 class _Kernel:
@@ -217,12 +248,29 @@ def _on(device: torch.device, launch: Callable) -> Callable:
         return launch
 
     def launch_there(*tensors: Tensor | None) -> Any:
-        if torch.cuda.current_device() == device.index:
-            return launch(*tensors)
-        with torch.cuda.device(device):
-            return launch(*tensors)
+        if torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                return launch_there(*tensors)
+        if device.index not in _threads.devices:
+            torch.zeros(1, device=device)
+            _threads.devices.add(device.index)
+        return launch(*tensors)
 
     return launch_there
+
+
+class _Threads(threading.local):
+    """The devices whose context is known to be current in this thread.
+
+    A descriptor cannot be made without one, and autograd's thread has none until its first launch ("invalid device context", seen on an
+    H100 where PyTorch's allocator had memory at hand). PyTorch's own kernels see to it: the smallest of them does.
+    """
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_threads = _Threads()
 
 
 # ---- descriptors
@@ -246,6 +294,17 @@ def _rows(x: _Traits, block_t: int, block_c: int) -> Callable[[Tensor], TensorDe
         return TensorDescriptor(rows, shape, [T * channels, channels, 1], block)
 
     return copied
+
+
+def _rows_or_columns(x: _Traits, block_t: int, block_c: int) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
+    """Makes the descriptor of [B, T, C] of an x (B, C, T), or of [B, C, T] where it lies so and T is aligned; says whether it is the first.
+
+    For a tensor that is not shifted in time: a shift by less than 16 bytes along the last axis is an illegal instruction on an H100.
+    """
+    (B, channels, T), (stride_b, stride_c, stride_t) = x.shape, x.strides
+    if not _describable(x, stride_b, stride_t, stride_c) and _describable(x, stride_b, stride_c, stride_t):
+        return lambda x: TensorDescriptor(x, [B, channels, T], [stride_b, stride_c, 1], [1, block_c, block_t]), False
+    return _rows(x, block_t, block_c), True
 
 
 def _taps(weight: _Traits, axes: tuple, config: Config) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:

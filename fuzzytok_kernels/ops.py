@@ -21,6 +21,9 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 
 class _Function(torch.autograd.Function):
+    """The forward of each dispatches below ADInplaceOrView, not Autograd alone: else a result that the reference made by a view would be
+    one for autograd too, and `nn.ReLU(inplace=True)` behind it would raise."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
         raise NotImplementedError(
@@ -39,7 +42,7 @@ def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, d
 class _CausalConv1d(_Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return causal_conv1d(x, weight, bias, dilation)
 
     @staticmethod
@@ -74,7 +77,7 @@ def _causal_conv1d_input_grad_fake(grad_y: Tensor, weight: Tensor, dilation: int
 class _CausalConv1dInputGrad(_Function):
     @staticmethod
     def forward(grad_y: Tensor, weight: Tensor, dilation: int) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return causal_conv1d_input_grad(grad_y, weight, dilation)
 
     @staticmethod
@@ -109,7 +112,7 @@ def _causal_conv1d_weight_grad_fake(grad_y: Tensor, x: Tensor, kernel_size: int,
 class _CausalConv1dWeightGrad(_Function):
     @staticmethod
     def forward(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
 
     @staticmethod
@@ -176,25 +179,41 @@ def _below_autograd(op: Callable, function: type[_Function], defaults: tuple) ->
         wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         if wanted or forward_ad._current_level >= 0:
             return apply(*args, *defaults[len(args) :])
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
 
     return autograd
 
 
-def _autocast(op: Callable, device_type: str, casts: bool) -> Callable:
-    """F.conv1d's rule: the forward follows the autocast dtype (fp64 stays), the gradients keep theirs, and nothing inside is cast again."""
+def _cast(args: tuple) -> tuple:
+    """`args` as F.conv1d's rule has them under autocast: in its dtype, but for fp64."""
+    dtype = torch.get_autocast_dtype(args[0].device.type)
+    return tuple(
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg for arg in args
+    )
 
-    def cast(arg: Any) -> Any:
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
-            return arg.to(torch.get_autocast_dtype(device_type))
-        return arg
+
+def _autocast(op: Callable, casts: bool) -> Callable:
+    """The forward follows the autocast dtype, the gradients keep theirs, and nothing inside is cast again."""
 
     def autocast(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-            return op(*map(cast, args)) if casts else op(*args)
+            return op(*_cast(args)) if casts else op(*args)
 
     return autocast
+
+
+def _functorch(function: type[_Function], defaults: tuple, casts: bool) -> Callable:
+    """The kernel under torch.func's transforms. Its key comes before autocast's, and the function has to save what was cast."""
+
+    def front(*args: Any) -> Any:
+        args = (*args, *defaults[len(args) :])
+        device = args[0].device.type
+        if casts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            args = _cast(args)
+        return function.apply(*args)
+
+    return front
 
 
 def _register(schema: str, check: Callable, fake: Callable, function: type[_Function], autocast: bool = False) -> Any:
@@ -206,9 +225,9 @@ def _register(schema: str, check: Callable, fake: Callable, function: type[_Func
     torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
     defaults = tuple(argument.default_value for argument in op._schema.arguments)  # the dispatcher strips arguments that equal theirs
     _library.impl(name, _below_autograd(op, function, defaults), "Autograd")
-    _library.impl(name, lambda *args: function.apply(*args, *defaults[len(args) :]), "FuncTorchDynamicLayerFrontMode")
-    _library.impl(name, _autocast(op, "cpu", autocast), "AutocastCPU")
-    _library.impl(name, _autocast(op, "cuda", autocast), "AutocastCUDA")
+    _library.impl(name, _functorch(function, defaults, autocast), "FuncTorchDynamicLayerFrontMode")
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(name, _autocast(op, autocast), key)
     return op
 
 

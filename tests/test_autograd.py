@@ -260,3 +260,32 @@ def test_public_function_is_the_op(dtype, device, path):
     x, weight, bias, _, dilation = make_inputs(SMALL, dtype, device)
     assert torch.equal(fuzzytok_kernels.causal_conv1d(x, weight, bias, dilation=dilation), causal_conv1d(x, weight, bias, dilation))
     assert torch.equal(fuzzytok_kernels.causal_conv1d(x, weight), causal_conv1d(x, weight, None, 1))
+
+
+def test_results_may_be_changed_in_place(device):
+    """As those of F.conv1d may: nn.ReLU(inplace=True) behind a convolution trains, and so does a gradient of a gradient."""
+    x, weight = torch.randn(2, 8, 9, device=device, requires_grad=True), torch.randn(8, 8, 3, device=device, requires_grad=True)
+    y = OPS["causal_conv1d"](x, weight, None, 1)
+    (grad_weight,) = torch.autograd.grad(y.relu_().square().sum(), weight, create_graph=True)
+    grad_weight.mul_(2).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("transform", ["grad", "grad of grad", "per sample"])
+def test_functional_transforms_under_autocast(transform, device):
+    x, weight = torch.randn(4, 3, 9, device=device), torch.randn(5, 3, 2, device=device)
+
+    def run(f):
+        def loss(weight, x):
+            return f(x if x.dim() == 3 else x[None], weight, None, 2).float().square().sum()
+
+        if transform == "grad":
+            return torch.func.grad(loss)(weight, x)
+        if transform == "per sample":
+            return torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+        return torch.func.grad(lambda weight, x: torch.func.grad(loss)(weight, x).square().sum())(weight, x)
+
+    with torch.autocast(device.type, dtype=HALF):
+        got, want = run(OPS["causal_conv1d"]), run(conv1d)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())

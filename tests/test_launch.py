@@ -143,6 +143,27 @@ def test_same_bits_on_a_busy_gpu(dtype, device, path):
 
 
 @needs_cuda
+def test_first_launch_of_a_thread():
+    """Also where PyTorch's allocator has memory at hand, so that nothing has made the device's context current in that thread yet."""
+    run_python("""
+import threading, torch
+from fuzzytok_kernels import causal_conv1d, tuning
+x, weight = torch.randn(2, 64, 32, device="cuda").half().mT, torch.randn(64, 64, 3, device="cuda").half()
+x.requires_grad_(), weight.requires_grad_()
+grad_y, got = torch.randn_like(x), []
+run = lambda: got.append(torch.autograd.grad(causal_conv1d(x, weight), (x, weight), grad_y))
+with tuning.force(path="tma"):
+    for target in (causal_conv1d, torch.ops.fuzzytok.causal_conv1d_input_grad):
+        target(x.detach(), weight.detach())  # leaves memory behind
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    run()
+assert all(torch.equal(one, other) for one, other in zip(*got, strict=True))
+""")
+
+
+@needs_cuda
 def test_stream_and_graph(device, path):
     """The ops run on the current stream, and a captured graph replays on new values."""
     inputs = make_inputs(ALIGNED, torch.float16, device)

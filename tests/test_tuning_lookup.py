@@ -409,7 +409,9 @@ def test_explain_for_a_gpu_that_is_not_there(places, capsys, monkeypatch):
         with pytest.raises(SystemExit) as exit:
             main(["explain", *SHAPE, *arguments])
         assert exit.value.code == 2
-        assert "known are: sm80, Fake GPU 9000 Ti" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "known are: NVIDIA A100" in error
+        assert error.endswith("sm80, Fake GPU 9000 Ti\n")
 
 
 @pytest.mark.parametrize(
@@ -463,3 +465,19 @@ def test_installed_package_finds_its_files(editable, places, tmp_path):
     subprocess.run([*pip, *(["--editable"] if editable else []), str(project)], check=True, cwd=tmp_path)
     folder = (project if editable else target / "fuzzytok_kernels") / "tuning_cache"
     run_python(INSTALLED.format(target=str(target), folder=str(folder), gpu=tuple(GPU), problem=tuple(PROBLEM)))
+
+
+def test_forces_that_interleave():
+    with tuning.force(BLOCK_T=16):
+        inner = tuning.force(BLOCK_T=32)
+        inner.__enter__()
+    assert tuning.is_forced()
+    inner.__exit__(None, None, None)
+    assert not tuning.is_forced()
+
+
+@pytest.mark.parametrize(("fields", "named"), [({"path": "magic"}, "path is 'magic'"), ({"BLOCK_Z": 3}, "BLOCK_Z is no field")], ids=str)
+def test_force_refuses_what_no_kernel_takes(fields, named):
+    with pytest.raises(ValueError, match=named), tuning.force(**fields):
+        pass
+    assert not tuning.is_forced()

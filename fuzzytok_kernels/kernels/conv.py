@@ -36,7 +36,7 @@ def conv_tma_kernel(
                 tap = weight.load([k, ci, co]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
             acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
         if HAS_BIAS:
-            o = co + tl.arange(0, BLOCK_C_OUT)
+            o = co + tl.arange(0, BLOCK_C_OUT).to(tl.int64)
             acc += tl.load(bias + o * stride_bias, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
         if Y_CHANNELS_LAST:
             # Stored in two halves: half the shared memory, so that two programs fit a multiprocessor.
@@ -63,23 +63,23 @@ def conv_pointer_kernel(
     t = tile // n_co % n_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     b = (tile // n_co // n_t).to(tl.int64)
     acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
-    for ci in range(0, c_in, BLOCK_C_IN):
-        c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
-        for k in tl.static_range(K):
-            source = t - k * tl.cast(shift, tl.int64)
-            causal = (source >= 0) & (source < T)  # Eq. 7; the upper end is the input-grad's
-            clamped = tl.where(causal, source, 0)  # Eq. 8: no address outside the tensor is ever formed
-            rows = tl.load(  # [T, C_in]
-                x + b * stride_xb + clamped[:, None] * stride_xt + c[None, :] * stride_xc,
-                mask=causal[:, None] & (c < c_in)[None, :],
-                other=0.0,
-            )
-            tap = tl.load(  # [C_in, C_out]
-                weight + k * stride_wk + c[:, None] * stride_wi + o[None, :] * stride_wo,
-                mask=(c < c_in)[:, None] & (o < c_out)[None, :],
-                other=0.0,
-            )
-            acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
+    for i in range(K * tl.cdiv(c_in, BLOCK_C_IN)):
+        k = i % K  # taps innermost, as above
+        c = i // K * BLOCK_C_IN + tl.arange(0, BLOCK_C_IN).to(tl.int64)
+        source = t - k * tl.cast(shift, tl.int64)
+        causal = (source >= 0) & (source < T)  # Eq. 7; the upper end is the input-grad's
+        clamped = tl.where(causal, source, 0)  # Eq. 8: no address outside the tensor is ever formed
+        rows = tl.load(  # [T, C_in]
+            x + b * stride_xb + clamped[:, None] * stride_xt + c[None, :] * stride_xc,
+            mask=causal[:, None] & (c < c_in)[None, :],
+            other=0.0,
+        )
+        tap = tl.load(  # [C_in, C_out]
+            weight + k * tl.cast(stride_wk, tl.int64) + c[:, None] * stride_wi + o[None, :] * stride_wo,
+            mask=(c < c_in)[:, None] & (o < c_out)[None, :],
+            other=0.0,
+        )
+        acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
     if HAS_BIAS:
         acc += tl.load(bias + o * stride_bias, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
     out = y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc

@@ -45,6 +45,7 @@ class FuzzyTokenizer(nn.Module):
         super().__init__()
         if num_special < 0:
             raise ValueError(f"num_special is {num_special}; expected at least 0")
+        dilations = tuple(dilations)
         self.num_ids = _BYTES + num_special
         specials = [i if i < self.num_ids else None for i in range(_BYTES, _BYTES + 4)]
         self.pad_id, self.begin_id, self.end_id, self.document_id = specials
@@ -100,10 +101,12 @@ class FuzzyTokenizer(nn.Module):
         For a str, decode the bytes as you see fit: `data.decode(errors="replace")`, or `errors="surrogateescape"` to lose nothing.
 
         Raises:
-            ValueError: ids is not (B, T), or has one below 0.
+            ValueError: ids is not (B, T) or has one below 0, or lengths is not (B,) or has one below 0.
         """
         _check_ids(ids)
         ends = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
+        if len(ends) != len(ids) or min(ends, default=0) < 0:
+            raise ValueError(f"lengths is {ends}; expected {len(ids)} numbers, one a row of ids, none below 0")
         return [bytes(i for i in row[:end] if i < _BYTES) for row, end in zip(ids.tolist(), ends, strict=True)]
 
 
@@ -112,7 +115,14 @@ def bits_per_byte(logits: Tensor, targets: Tensor, lengths: Tensor | None = None
 
     `logits[:, t]` is scored on `targets[:, t]`: for a next-byte head pass `logits[:, :-1]` and `ids[:, 1:]`. With lengths (B,), only the
     first `lengths[b]` positions of row b count; without, all. nan if no position does.
+
+    Raises:
+        ValueError: the shapes do not go together.
     """
+    if logits.dim() != 3 or logits.shape[:2] != targets.shape:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}; expected the (B, T) of logits, {tuple(logits.shape)}")
+    if lengths is not None and lengths.shape != targets.shape[:1]:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {tuple(targets.shape[:1])}, one a row of targets")
     targets = targets.long()
     if lengths is not None:
         steps = torch.arange(targets.shape[1], device=targets.device)

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from fuzzytok_kernels.tuning import lookup
+from fuzzytok_kernels.tuning.hashes import check_fields
 from fuzzytok_kernels.tuning.problem import Problem, rounded_steps
 from fuzzytok_kernels.tuning.space import Config, default_config
 
-__all__ = ["Config", "Problem", "force", "forget", "generation", "get_config", "record_problems", "rounded_steps"]
+__all__ = ["Config", "Problem", "force", "forget", "generation", "get_config", "is_forced", "record_problems", "rounded_steps"]
 
 _configs: dict[tuple[int, Problem], Config] = {}  # by device index
 _warm = _configs  # what a warm call reads: _configs, or nothing while configs are forced or problems recorded
-_forced: dict[str, Any] = {}  # a module variable, not a context variable: the backward runs in a thread of its own
+_forces: list[dict[str, Any]] = []  # a module variable, not a context variable: the backward runs in a thread of its own
 _recordings: list[set[Problem]] = []
 _generation = 0
 _lock = threading.RLock()  # one thread at a time looks up, and tunes
@@ -32,15 +33,18 @@ def get_config(device: int, problem: Problem) -> Config:
 def force(config: Config | None = None, **fields: Any) -> Iterator[None]:
     """Run every op inside with `config`, or with `fields` in place of the default's, in all threads.
 
-    A path that a problem is not aligned for is ignored; then it runs with its default.
+    A path that a problem is not aligned for is ignored; then it runs with its default. Of several, the last begun counts.
+
+    Raises ValueError for a field that a config does not have, or a value that the kernels cannot be told.
     """
-    global _forced
-    before, _forced = _forced, {**(config._asdict() if config else {}), **fields}
+    forced = {**(config._asdict() if config else {}), **fields}
+    check_fields(forced)
+    _forces.append(forced)
     _watch()
     try:
         yield
     finally:
-        _forced = before
+        _forces[:] = [other for other in _forces if other is not forced]
         _watch()
 
 
@@ -65,6 +69,11 @@ def forget() -> None:
         _watch()
 
 
+def is_forced() -> bool:
+    """Whether `force` is in effect."""
+    return bool(_forces)
+
+
 def generation() -> int:
     """Which of the answers of `get_config` holds: what was made of an earlier one is stale."""
     return _generation
@@ -72,15 +81,16 @@ def generation() -> int:
 
 def _watch() -> None:
     global _warm, _generation
-    _warm = {} if _forced or _recordings else _configs
-    _generation += 1
+    with _lock:
+        _warm = {} if _forces or _recordings else _configs
+        _generation += 1
 
 
 def _look_up(device: int, problem: Problem) -> Config:
     for problems in _recordings:
         problems.add(problem)
-    if _forced:
-        return _forced_config(problem)
+    if _forces:
+        return _forced_config(problem, _forces[-1])
     with _lock:
         config = _configs.get((device, problem))
         if config is None:
@@ -88,11 +98,11 @@ def _look_up(device: int, problem: Problem) -> Config:
         return config
 
 
-def _forced_config(problem: Problem) -> Config:
-    path = _forced.get("path")
+def _forced_config(problem: Problem, forced: dict[str, Any]) -> Config:
+    path = forced.get("path")
     if path == "tma" and not problem.aligned:
         return default_config(problem)
-    return default_config(problem, path)._replace(**_forced)
+    return default_config(problem, path)._replace(**forced)
 
 
 def _renew_lock() -> None:

@@ -25,7 +25,7 @@ ARCHITECTURES = (
     Gpu("generic", "sm90", 132, 232_448), Gpu("generic", "sm100", 148, 232_448), Gpu("generic", "sm120", 170, 101_376),
     Gpu("generic", "gfx942", 304, 65_536),
 )  # fmt: skip
-_TRIED = 3  # candidates a problem; the default, which fits everywhere, is behind them
+_TRIED = 3  # candidates a problem, the default behind them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,16 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fitting(gpu: Gpu, jobs: list[Job]) -> list[Entry]:
-    """For each job the first of its configs that fits `gpu`."""
-    choices = {job: iter([*candidates(job.problem, _TRIED), default_config(job.problem)]) for job in jobs}
+    """For each job the first of its configs that fits `gpu`; none for a job that even the default does not suit."""
+    choices = {job: [*candidates(job.problem, _TRIED, gpu.sm_count), default_config(job.problem)] for job in jobs}
     entries = []
     with compilers(gpu) as compile, tqdm(total=len(jobs), desc=gpu.arch) as progress:
-        while choices:
-            configs = {job: next(configs) for job, configs in choices.items()}
-            compiled = {job: compile(job, config) for job, config in configs.items()}
+        while choices := {job: configs for job, configs in choices.items() if configs}:
+            compiled = {job: compile(job, configs[0]) for job, configs in choices.items()}
             for job, future in compiled.items():
+                config = choices[job].pop(0)
                 if used := _fits(future, gpu):
-                    entries.append(Entry(job.problem, configs[job], shared=used.shared))
+                    entries.append(Entry(job.problem, config, shared=used.shared))
                     del choices[job]
                     progress.update()
     return entries

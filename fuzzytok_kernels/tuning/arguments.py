@@ -14,6 +14,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=_shape, metavar="B,T,C_IN,C_OUT,K", help="of the convolution, for its gradients too")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="tf32 and fp32 are float32, as PyTorch's switches have it")
     parser.add_argument("--dilation", type=_positive, default=1, help="has no influence on the choice, unless it is huge (default: 1)")
+    parser.add_argument("--activation", choices=("none",), default="none", help="the ops there are have none")
     parser.add_argument("--layout", choices=LAYOUTS, default="last", help="where the channels lie (default: %(default)s)")
 
 

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compiled = [compile(job_of(entry.problem), entry.config) for entry in winners]
         for entry, future in zip(winners, compiled, strict=True):
             try:
-                default_us, winner_us = race(job_of(entry.problem), entry.config, future.result(), gpu.shared_memory)
+                default_us, winner_us = race(0, job_of(entry.problem), entry.config, future.result(), gpu.shared_memory)
                 verdict = "wrong" if winner_us == math.inf else "slower" if winner_us > _SLOWER * default_us else "ok"
                 figures = f"{winner_us:9.1f} us, default {default_us:9.1f} us"
             except WorkerError as error:

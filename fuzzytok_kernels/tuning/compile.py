@@ -1,5 +1,6 @@
 """Compile an op's kernels for any GPU without having it: what they take of its registers and shared memory."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -45,11 +46,14 @@ def resources(problem: Problem, config: Config, target: GPUTarget, T: int = 64) 
     return Resources(*(max(values) for values in zip(*pretended.compiled, strict=True)))
 
 
+_numbers = itertools.count()
+
+
 class _Pretended(DriverBase):
     """A driver of a GPU that is not there: loading a kernel notes what it takes, launching it does nothing."""
 
     def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+        self.target, self.number = target, next(_numbers)
         self.compiled: list[Resources] = []
         self.utils = self
 
@@ -61,7 +65,7 @@ class _Pretended(DriverBase):
         return self.target
 
     def get_current_device(self) -> tuple:
-        return self.target, id(self)  # the key of Triton's cache of loaded kernels: each pretended driver loads its own
+        return self.target, self.number  # the key of Triton's cache of loaded kernels: each pretended driver loads its own
 
     def get_current_stream(self, device: object) -> int:
         return 0

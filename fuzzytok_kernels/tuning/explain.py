@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from fuzzytok_kernels.tuning import lookup, store
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
-from fuzzytok_kernels.tuning.gpu import Gpu, versions
+from fuzzytok_kernels.tuning.gpu import KNOWN, Gpu, versions
 from fuzzytok_kernels.tuning.problem import Problem
 from fuzzytok_kernels.tuning.space import Config, default_config
 from fuzzytok_kernels.tuning.store import Entry
@@ -15,7 +15,11 @@ from fuzzytok_kernels.tuning.store import Entry
 def main(arguments: Sequence[str]) -> int:
     """Print the explanation; 0."""
     parser = argparse.ArgumentParser(prog="fuzzytok explain", description=__doc__)
-    parser.add_argument("--gpu", metavar="NAME", help="as torch.cuda.get_device_name() gives it; the GPU at hand if not given")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="as torch.cuda.get_device_name() gives it, or an architecture's, as sm80; the GPU at hand if not given",
+    )
     add_problem_arguments(parser)
     options = parser.parse_args(arguments)
     known = known_gpus()
@@ -31,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def known_gpus() -> dict[str, Gpu]:
-    """The GPUs that tuning files were written for, by name; an architecture's default by the architecture's."""
-    known = {}
+    """Common GPUs and those that tuning files were written for, by name; an architecture's default by the architecture's."""
+    known = {gpu.name: gpu for gpu in KNOWN}
     for folder in lookup.folders().values():
         for path in sorted(folder.glob("*/*/*.json")) if folder else ():
             try:
@@ -45,7 +49,7 @@ def known_gpus() -> dict[str, Gpu]:
 
 def _explanation(gpu: Gpu, problem: Problem) -> Iterator[str]:
     yield f"gpu         {gpu}"
-    exact = f"{problem.op} dtype={problem.dtype} layout={problem.layout} kernel_size={problem.kernel_size} aligned={problem.aligned}"
+    exact = f"{problem.op} dtype={problem.dtype} layout={problem.layout} aligned={problem.aligned}"
     yield f"problem     {exact} {_sizes(problem)}"
     for name, folder in lookup.folders().items():
         if folder is None:
@@ -66,7 +70,7 @@ def _explanation(gpu: Gpu, problem: Problem) -> Iterator[str]:
     yield f"served by   {choice.source.path}"
     yield f"entry       {_sizes(entry.problem)}"
     yield f"config      {_fields(entry.config)}"
-    yield f"time        {entry.time_us} us, the default's {entry.default_us} us" if entry.time_us else "time        not measured"
+    yield f"its time    {entry.time_us} us, the default's {entry.default_us} us" if entry.time_us else "its time    not measured"
     _, theirs = store.header(choice.source.path)
     for name, here in versions().items():
         if theirs.get(name) != here:
@@ -82,7 +86,7 @@ def _best(entries: list[Entry], problem: Problem, farther: int) -> str:
             f", and {farther} more for not being measured here" if farther else ""
         )
     fewest = min((_differences(entry.problem, problem) for entry in entries), key=lambda differences: len(differences))
-    return f"none like it; the likest: {'; '.join(fewest)}"
+    return f"none like it; the closest: {'; '.join(fewest)}"
 
 
 def _differences(had: Problem, expected: Problem) -> list[str]:

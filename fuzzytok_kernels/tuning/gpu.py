@@ -40,6 +40,18 @@ class Gpu(NamedTuple):
         return f"{self.name} ({self.arch}, {self.sm_count} multiprocessors, {self.shared_memory:,} bytes of shared memory a program)"
 
 
+# Common GPUs, for those who ask about one that is not there: what their own driver would say.
+KNOWN = (
+    Gpu("NVIDIA A100-SXM4-40GB", "sm80", 108, 166_912), Gpu("NVIDIA A100-SXM4-80GB", "sm80", 108, 166_912),
+    Gpu("NVIDIA A100 80GB PCIe", "sm80", 108, 166_912), Gpu("NVIDIA A10G", "sm86", 80, 101_376),
+    Gpu("NVIDIA RTX A6000", "sm86", 84, 101_376),
+    Gpu("NVIDIA GeForce RTX 3090", "sm86", 82, 101_376), Gpu("NVIDIA GeForce RTX 4090", "sm89", 128, 101_376),
+    Gpu("NVIDIA L4", "sm89", 58, 101_376), Gpu("NVIDIA L40S", "sm89", 142, 101_376), Gpu("NVIDIA H100 PCIe", "sm90", 114, 232_448),
+    Gpu("NVIDIA H100 80GB HBM3", "sm90", 132, 232_448), Gpu("NVIDIA H200", "sm90", 132, 232_448), Gpu("NVIDIA B200", "sm100", 148, 232_448),
+    Gpu("NVIDIA GeForce RTX 5090", "sm120", 170, 101_376), Gpu("AMD Instinct MI300X", "gfx942", 304, 65_536),
+)  # fmt: skip
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what compiles and runs the kernels; None for what is not there."""
     return {"torch": torch.__version__, "triton": _triton(), "CUDA": torch.version.cuda or torch.version.hip, "driver": _driver()}

@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,20 @@ _RANGES: dict[str, Any] = {
 
 def in_space(config: Config) -> bool:
     """True if every field of `config` is one that the kernels can be told."""
-    return all(type(value) in (int, str) and value in _RANGES[name] for name, value in config._asdict().items())
+    try:
+        check_fields(config._asdict())
+    except ValueError:
+        return False
+    return True
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field that a config does not have, or a value that the kernels cannot be told."""
+    for name, value in fields.items():
+        if name not in _RANGES:
+            raise ValueError(f"{name} is no field of a config; expected one of {', '.join(_RANGES)}")
+        if type(value) not in (int, str) or value not in _RANGES[name]:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, _RANGES[name]))}")
 
 
 @functools.cache

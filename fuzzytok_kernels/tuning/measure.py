@@ -1,10 +1,11 @@
 """One config raced against the default by `triton.autotune`, each checked before it is timed. Called in a worker process."""
 
+import contextlib
 import functools
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ class Job(NamedTuple):
     dilation: int
 
 
-def race(job: Job, config: Config, used: Resources, shared_memory: int) -> tuple[float, float]:
-    """Microseconds of the default and of `config`; infinity for one that is wrong, spills or does not fit.
+def race(device: int, job: Job, config: Config, used: Resources, shared_memory: int) -> tuple[float, float]:
+    """Microseconds of the default and of `config` on GPU number `device`; infinity for one that is wrong, spills or does not fit.
 
     A lost CUDA context ends the process, for nothing after it could be trusted.
     """
@@ -43,8 +44,9 @@ def race(job: Job, config: Config, used: Resources, shared_memory: int) -> tuple
         fits = used.shared <= shared_memory and not used.spills
         return [each for each in configs if fits or each is not candidate]
 
+    torch.cuda.set_device(device)
     try:
-        launch = _launch(job)
+        launch = _launch(device, job)
         race = triton.autotune(
             [default, candidate], key=[], prune_configs_by={"early_config_prune": early_config_prune}, do_bench=launch.bench
         )
@@ -62,11 +64,12 @@ class _Launch(KernelInterface):
     fn = staticmethod(run)
     arg_names: tuple = ()
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, device: int, job: Job) -> None:
         self.problem, self.dilation = job.problem, job.dilation
-        first = arguments(job.problem, "cuda", job.B, job.T)
+        where = f"cuda:{device}"
+        first = arguments(job.problem, where, job.B, job.T)
         n_bytes = 2 * sum(x.numel() * x.element_size() for x in first)
-        self.inputs = [first] + [arguments(job.problem, "cuda", job.B, job.T) for _ in range(timer.copies(n_bytes) - 1)]
+        self.inputs = [first] + [arguments(job.problem, where, job.B, job.T) for _ in range(timer.copies(n_bytes) - 1)]
         self.turn = itertools.cycle(self.inputs)
         with strict_switch(self.problem):
             self.wanted = self._reference([x.double() for x in first])
@@ -83,7 +86,8 @@ class _Launch(KernelInterface):
     def bench(self, kernel_call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
         """Verify, then time: what `triton.autotune` calls for each config. Microseconds, the median for every quantile."""
         self.turn = itertools.cycle(self.inputs)
-        kernel_call()
+        with _poisoned():
+            kernel_call()
         if any(not _error(ours, wanted) <= bound for ours, wanted, bound in zip(self.results, self.wanted, self.bounds, strict=True)):
             return [math.inf] * len(quantiles)
         return [timer.microseconds([kernel_call] * max(8, len(self.inputs)), budget_ms=12.0)] * len(quantiles)
@@ -98,6 +102,17 @@ _launch = functools.lru_cache(maxsize=1)(_Launch)  # the candidates of a job fol
 def _triton_config(config: Config) -> triton.Config:
     fields = config._asdict()
     return triton.Config(fields, num_warps=fields.pop("num_warps"), num_stages=fields.pop("num_stages"))
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Inside, fresh memory is full of NaN: what the default has just left there, an unwritten output would pass for its own."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _error(ours: Tensor, wanted: Tensor) -> float:

@@ -32,6 +32,8 @@ _CONV = tuple(
         ("pointer", 32, 64, 32, 4, 4, 1), ("pointer", 32, 64, 64, 4, 4, 1), ("pointer", 64, 64, 64, 4, 4, 1),
         ("pointer", 64, 32, 64, 4, 4, 1), ("pointer", 64, 64, 128, 4, 3, 1), ("pointer", 128, 32, 64, 4, 3, 1),
         ("pointer", 128, 64, 128, 8, 3, 1), ("pointer", 128, 32, 128, 8, 3, 1), ("pointer", 32, 128, 32, 4, 3, 1),
+        ("pointer", 128, 32, 32, 4, 4, 1), ("pointer", 64, 32, 32, 4, 4, 1), ("pointer", 128, 16, 64, 4, 4, 1),
+        ("pointer", 128, 16, 16, 4, 4, 1), ("pointer", 64, 16, 16, 4, 4, 1), ("pointer", 128, 64, 16, 4, 4, 1),
     )
 )  # fmt: skip
 _WEIGHT_GRAD = tuple(
@@ -46,7 +48,8 @@ _WEIGHT_GRAD = tuple(
         ("pointer", 32, 32, 32, 4, 4, 2), ("pointer", 32, 32, 64, 4, 4, 2), ("pointer", 32, 64, 64, 4, 4, 2),
         ("pointer", 64, 64, 64, 4, 3, 2), ("pointer", 64, 32, 32, 4, 4, 4), ("pointer", 64, 64, 64, 4, 3, 4),
         ("pointer", 64, 64, 128, 4, 3, 2), ("pointer", 32, 128, 128, 8, 3, 1), ("pointer", 64, 128, 128, 8, 3, 1),
-        ("pointer", 128, 32, 32, 4, 3, 2),
+        ("pointer", 128, 32, 32, 4, 3, 2), ("pointer", 128, 16, 16, 4, 3, 4), ("pointer", 64, 16, 16, 4, 4, 2),
+        ("pointer", 64, 16, 64, 4, 4, 2), ("pointer", 64, 64, 16, 4, 4, 2),
     )
 )  # fmt: skip
 
@@ -66,7 +69,7 @@ OPS = {
 
 
 def default_config(problem: Problem, path: str | None = None) -> Config:
-    """A config that fits every supported GPU and is never far off. `path` overrides the choice of path."""
+    """A config that fits every supported GPU: safe, not fast. `path` overrides the choice of path."""
     if path is None:
         path = "tma" if problem.aligned and problem.steps >= 1 << 12 else "pointer"
     wide = _element_size(problem) // 2
@@ -83,13 +86,13 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
     return Config(path, block_t // wide, 32 // wide, _block(produced, 64), 4 * wide, 2, 1)
 
 
-def candidates(problem: Problem, most: int) -> list[Config]:
+def candidates(problem: Problem, most: int, multiprocessors: int) -> list[Config]:
     """At most `most` configs worth timing for `problem`, the likeliest by `predicted` first; the default is not among them."""
     suited = {config for config in OPS[problem.op].configs if _suits(config, problem)} - {default_config(problem)}
-    return sorted(suited, key=lambda config: (predicted(problem, config), config))[:most]
+    return sorted(suited, key=lambda config: (predicted(problem, config, multiprocessors), config))[:most]
 
 
-def predicted(problem: Problem, config: Config, multiprocessors: int = 132) -> float:
+def predicted(problem: Problem, config: Config, multiprocessors: int) -> float:
     """A rough time: waves of tiles, each the longest of its products, its loads from L2, and the latency of its steps. Only ranks."""
     size = _element_size(problem)
     if problem.op == "causal_conv1d_weight_grad":

@@ -1,11 +1,11 @@
-"""The one timer, of the tuner and of `bench/`: replays of a captured CUDA graph, the median, inputs that do not fit the L2."""
+"""The one timer, of the tuner and of `bench/`: replays of a captured CUDA graph, the median, inputs that rotate."""
 
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 
-COLD_BYTES = 192 << 20  # calls rotate over this much data, several times any GPU's L2 (50 MB on an H100)
+COLD_BYTES = 192 << 20  # calls rotate over this much data: four times an H100's L2
 
 
 def copies(bytes_per_call: int) -> int:

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ _BF16 = (
     *_HALF, (1, 128, 256, 256, 3), (16, 512, 256, 256, 3), (8, 8192, 1024, 1024, 3), (8, 256, 64, 64, 3), (8, 512, 512, 512, 3),
     (8, 512, 1024, 1024, 3), (32, 1024, 128, 128, 3), (32, 2048, 128, 256, 3), (32, 2048, 256, 128, 3), (32, 2048, 256, 256, 2),
     (8, 512, 256, 256, 2), (32, 2048, 256, 256, 5), (16, 1000, 320, 192, 5), (8, 256, 256, 256, 5), (16, 2048, 512, 512, 7),
-    (32, 2048, 256, 256, 1), (8, 256, 256, 256, 1),
+    (32, 2048, 256, 256, 1), (8, 256, 256, 256, 1), (8, 8192, 1, 64, 3), (32, 2048, 16, 16, 3),
 )  # fmt: skip
 _DEFAULT = {("bf16", "last"): _BF16, ("fp16", "last"): _HALF, ("tf32", "last"): _COMMON, ("fp32", "last"): _COMMON}
 _DEFAULT |= {("bf16", "first"): _HALF, ("fp16", "first"): _COMMON, ("tf32", "first"): _COMMON, ("fp32", "first"): _COMMON}
@@ -47,30 +49,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fuzzytok warmup` and return its exit status."""
     parser = argparse.ArgumentParser(prog="fuzzytok warmup", description=__doc__)
     add_problem_arguments(parser)
-    parser.add_argument("--model", metavar="MODULE:CALLABLE", help="call this, forward and backward, and tune the problems it meets")
+    parser.add_argument("--model", metavar="MODULE:CALLABLE", help="call this, without arguments, and tune the problems that it meets")
     parser.add_argument("--quick", action="store_true", help=f"{MOST_QUICK} candidates a problem instead of {MOST}")
     parser.add_argument("--out", type=Path, default=None, help="the folder for the results (default: the user's own)")
     chosen = parser.parse_args(arguments)
+    if (chosen.op is None) != (chosen.shape is None) or (chosen.op is not None and chosen.model is not None):
+        parser.error("name a problem by --op and --shape, or a --model, or neither")
     if not torch.cuda.is_available():
         parser.exit(1, "fuzzytok warmup: tuning measures on a GPU, and there is none\n")
-    if chosen.op is not None:
-        problem, dilation, B, T = problem_from(chosen)
-        jobs = [Job(problem, B, T, dilation)]
-    elif chosen.model is not None:
-        jobs = [job_of(problem) for problem in _problems_of(chosen.model)]
-    else:
-        jobs = default_jobs(facts(torch.device("cuda", torch.cuda.current_device())).descriptors)
-    started = time.monotonic()
-    folder = chosen.out or user_folder()
-    entries = tune(jobs, folder, MOST_QUICK if chosen.quick else MOST)
+    started, folder = time.monotonic(), chosen.out or user_folder()
+    try:
+        jobs = _jobs(chosen)
+        entries = tune(jobs, folder, MOST_QUICK if chosen.quick else MOST)
+    except (OSError, ImportError, AttributeError) as error:
+        parser.exit(1, f"fuzzytok warmup: {error}\n")
     gains = [entry.default_us / entry.time_us for entry in entries if entry.default_us and entry.time_us]
     gain = f", {statistics.geometric_mean(gains):.2f} times as fast as the default" if gains else ""
-    print(f"{len(entries)} of {len(jobs)} problems tuned in {time.monotonic() - started:.0f} s{gain}; stored in {folder}")
+    print(f"{len(entries)} of {len(jobs)} problems are tuned, after {time.monotonic() - started:.0f} s{gain}; stored in {folder}")
     return 0 if len(entries) == len(jobs) else 1
 
 
+def _jobs(chosen: argparse.Namespace) -> list[Job]:
+    if chosen.op is not None:
+        problem, dilation, B, T = problem_from(chosen)
+        return [Job(problem, B, T, dilation)]
+    if chosen.model is not None:
+        return [job_of(problem) for problem in _problems_of(chosen.model)]
+    return default_jobs(facts(torch.device("cuda", torch.cuda.current_device())).descriptors)
+
+
 def _problems_of(name: str) -> list[Problem]:
+    """What the callable "module:name" meets; the module may lie in the current folder. Raises ImportError or AttributeError."""
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     call = getattr(importlib.import_module(module), attribute)
     with record_problems() as problems:
         call()

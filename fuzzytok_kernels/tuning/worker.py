@@ -29,26 +29,28 @@ class Worker:
         Raises:
             WorkerError: the call raised, the process died, or it was killed after `timeout` seconds.
         """
-        connection = self._connection or self._start()
         try:
+            connection = self._connection or self._start()
             connection.send(args)
             if not connection.poll(self._timeout):
                 raise WorkerError(f"no answer within {self._timeout:.0f} s")
             succeeded, result = connection.recv()
         except (EOFError, OSError) as error:
-            raise WorkerError(f"the process died ({error or 'no reason given'})") from error
-        finally:
-            if sys.exc_info()[0] is not None:
-                self.close()
+            self.close()
+            raise WorkerError(f"the process died ({str(error) or 'it gave no reason'})") from error
+        except BaseException:
+            self.close()
+            raise
         if not succeeded:
             raise WorkerError(result)
         return result
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None and self._connection is not None:
+        if self._process is not None:
             self._process.kill()
             self._process.wait()
+        if self._connection is not None:
             self._connection.close()
         self._process = self._connection = None
 
@@ -59,7 +61,12 @@ class Worker:
             pass_fds=[theirs.fileno()],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # a crashing compiler prints its whole module
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "FUZZYTOK_AUTOTUNE": "0"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                "FUZZYTOK_AUTOTUNE": "0",
+                "PYTHONSAFEPATH": "1",
+            },
         )
         theirs.close()
         return self._connection
