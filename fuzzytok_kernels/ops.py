@@ -57,8 +57,10 @@ class _CausalConv1d(_Function):
         grad_x = grad_weight = grad_bias = None
         if needs_x:
             grad_x = causal_conv1d_input_grad(grad_y, weight, ctx.dilation)
-        if needs_weight or needs_bias:
+        if needs_weight:
             grad_weight, grad_bias = causal_conv1d_weight_grad(grad_y, x, weight.shape[2], ctx.dilation)
+        elif needs_bias:
+            grad_bias = grad_y.sum((0, 2))
         return grad_x, grad_weight, grad_bias if needs_bias else None, None
 
     @staticmethod
