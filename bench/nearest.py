@@ -1,4 +1,4 @@
-"""`python -m bench.nearest`: what the nearest stored config loses against tuning, on random problems that no file has, in about a minute."""
+"""`python -m bench.nearest`: what the nearest stored config loses against a tuned one, on random problems that no file has."""
 
 import random
 import statistics
