@@ -57,10 +57,8 @@ class _CausalConv1d(_Function):
         grad_x = grad_weight = grad_bias = None
         if needs_x:
             grad_x = causal_conv1d_input_grad(grad_y, weight, ctx.dilation)
-        if needs_weight:
+        if needs_weight or needs_bias:  # one op for both, so that the bias's bits do not hang on what else is wanted
             grad_weight, grad_bias = causal_conv1d_weight_grad(grad_y, x, weight.shape[2], ctx.dilation)
-        elif needs_bias:
-            grad_bias = grad_y.sum((0, 2))
         return grad_x, grad_weight, grad_bias if needs_bias else None, None
 
     @staticmethod

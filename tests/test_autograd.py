@@ -289,11 +289,3 @@ def test_functional_transforms_under_autocast(transform, device):
         got, want = run(OPS["causal_conv1d"]), run(conv1d)
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
-
-
-def test_gradient_of_the_bias_alone(dtype, device):
-    """With a frozen weight, as where only biases are trained; the op for the weight's gradient does not run."""
-    inputs = make_inputs(Problem(B=2, c_in=16, c_out=24, T=37, K=3, d=4), dtype, device)
-    bias = inputs.bias.clone().requires_grad_()
-    got = torch.autograd.grad(OPS["causal_conv1d"](inputs.x, inputs.weight, bias, 4), bias, inputs.grad_y)[0]
-    torch.testing.assert_close(got, inputs.grad_y.double().sum((0, 2)).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
