@@ -20,7 +20,7 @@ test: .venv/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-gpu:
-	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) -m pytest -n 8
+	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) -m pytest -n auto --maxprocesses 14
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
