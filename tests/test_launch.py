@@ -148,7 +148,7 @@ def test_first_launch_of_a_thread():
     run_python("""
 import threading, torch
 from fuzzytok_kernels import causal_conv1d, tuning
-x, weight = torch.randn(2, 64, 32, device="cuda").half().mT, torch.randn(64, 64, 3, device="cuda").half()
+x, weight = torch.randn(2, 32, 64, device="cuda").half().mT, torch.randn(64, 64, 3, device="cuda").half()
 x.requires_grad_(), weight.requires_grad_()
 grad_y, got = torch.randn_like(x), []
 run = lambda: got.append(torch.autograd.grad(causal_conv1d(x, weight), (x, weight), grad_y))
