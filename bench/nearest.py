@@ -14,6 +14,11 @@ from fuzzytok_kernels.tuning.store import Entry
 from fuzzytok_kernels.tuning.worker import Worker
 
 PROBLEMS, SEED = 20, 7
+_EPILOGUES = {
+    "causal_conv1d_fused": ("relu", "silu", "gelu"),
+    "causal_conv1d_activation_grad": ("relu", "silu", "gelu"),
+    "causal_conv1d_input_grad": ("none", "residual"),
+}
 _LARGEST = 1 << 36  # C_in * C_out * B*T: 0.4 TFLOP at K = 3
 
 
@@ -29,7 +34,7 @@ def main() -> None:
     with tuner.compilers(gpu) as compile, tuner.racer() as race:
         for job in jobs:
             choice = lookup.choose(gpu, job.problem)
-            config = choice.entry.config if choice else default_config(job.problem)
+            config = choice.config if choice else default_config(job.problem)
             entry = tuned[job.problem]
             loss = _loss(job, config, entry, race, compile(job, config).result(), gpu)
             nearest.append(loss)
@@ -48,7 +53,9 @@ def _jobs(draw: random.Random) -> Iterator[Job]:
         steps, dtype, layout = 2 ** draw.randint(9, 17), draw.choice(["bf16", "bf16", "fp16"]), draw.choice(["last", "last", "first"])
         if c_in * c_out * steps <= _LARGEST:
             found += 1
-            yield tuner.job_of(Problem(draw.choice(list(OPS)), dtype, layout, True, draw.randint(1, 7), c_in, c_out, steps))
+            op = draw.choice(list(OPS))
+            epilogue = draw.choice(_EPILOGUES.get(op, ("none",)))
+            yield tuner.job_of(Problem(op, dtype, layout, True, epilogue, draw.randint(1, 7), c_in, c_out, steps))
 
 
 def _loss(job: Job, config: Config, tuned: Entry, race: Worker, used: object, gpu: Gpu) -> float:

@@ -27,6 +27,11 @@ def empty_weight(x: Tensor, c_out: int, c_in: int, kernel_size: int) -> Tensor:
     return x.new_empty((kernel_size, c_out, c_in)).permute(1, 2, 0)
 
 
+def laid_out_as(x: Tensor, value: Tensor) -> Tensor:
+    """`value` (B, channels, T), copied if it does not lie as an output of `x` (B, C, T) does. Differentiable."""
+    return value.mT.contiguous().mT if is_channels_last(x.stride()) else value.contiguous()
+
+
 def in_layout_of(like: Tensor, value: Tensor) -> Tensor:
     """`value`, copied if its strides are not those of the unwritten tensor `like`."""
     return value if value.stride() == like.stride() else like.copy_(value)

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fuzzytok_kernels import reference
-from fuzzytok_kernels.checks import check_causal_conv1d, check_causal_conv1d_input_grad, check_causal_conv1d_weight_grad
-from fuzzytok_kernels.layout import empty_output, empty_weight
+from fuzzytok_kernels.checks import CHECKS
+from fuzzytok_kernels.layout import empty_output, empty_weight, laid_out_as
+
+STORED_FROM = 2048  # C_in * K, from which on a training step stores the pre-activation of a fused op
 
 _library = torch.library.Library("fuzzytok", "DEF")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
@@ -35,7 +37,7 @@ class _Function(torch.autograd.Function):
 
 
 def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    check_causal_conv1d(x, weight, bias, dilation)
+    CHECKS["causal_conv1d"](x, weight, bias, dilation)
     return empty_output(x, weight.shape[0])
 
 
@@ -66,35 +68,102 @@ class _CausalConv1d(_Function):
         return _vmap_folding_first(causal_conv1d, info.batch_size, in_dims, args)
 
 
+# ---- causal_conv1d_fused
+
+
+def _causal_conv1d_fused_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dilation: int, activation: str
+) -> Tensor:
+    CHECKS["causal_conv1d_fused"](x, weight, bias, residual, dilation, activation)
+    return empty_output(x, weight.shape[0] // 2 if activation in reference.GATES else weight.shape[0])
+
+
+class _CausalConv1dFused(_Function):
+    """Saves x, weight and bias alone: the backward computes the pre-activation anew, and multiplies while it is in registers."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dilation: int, activation: str) -> Tensor:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return causal_conv1d_fused(x, weight, bias, residual, dilation, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, bias, residual, ctx.dilation, ctx.activation = inputs
+        ctx.x_is_residual = x is residual
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple:
+        x, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual, _, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        grad_p = grad_y
+        if ctx.activation != "none" and (needs_x or needs_weight or needs_bias):
+            grad_p = causal_conv1d_activation_grad(grad_y, x, weight, bias, ctx.dilation, ctx.activation)
+        if needs_x:  # the block's own residual is added where it costs a read: autograd's sum would be a pass of three
+            grad_x = causal_conv1d_input_grad(grad_p, weight, ctx.dilation, grad_y if ctx.x_is_residual else None)
+        if needs_weight or needs_bias:
+            grad_weight, grad_bias = causal_conv1d_weight_grad(grad_p, x, weight.shape[2], ctx.dilation)
+        grad_residual = grad_y if needs_residual and not ctx.x_is_residual else None
+        return grad_x, grad_weight, grad_bias if needs_bias else None, grad_residual, None, None
+
+
+def _fused_in_steps(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dilation: int, activation: str) -> Tensor:
+    CHECKS["causal_conv1d_fused"](x, weight, bias, residual, dilation, activation)
+    return laid_out_as(x, reference.activated(causal_conv1d(x, weight, bias, dilation), residual, activation))
+
+
+def _fused_derived(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    """Stores the pre-activation where to compute it again would cost more."""
+    *_, activation = others
+    stored = activation != "none" and weight.dim() == 3 and weight.shape[1] * weight.shape[2] >= STORED_FROM
+    return _fused_in_steps(x, weight, *others) if stored else _applied(_CausalConv1dFused)(x, weight, *others)
+
+
+# ---- causal_conv1d_activation_grad
+
+
+def _causal_conv1d_activation_grad_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str
+) -> Tensor:
+    CHECKS["causal_conv1d_activation_grad"](grad_y, x, weight, bias, dilation, activation)
+    return empty_output(x, weight.shape[0])
+
+
+def _activation_grad_in_steps(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str) -> Tensor:
+    CHECKS["causal_conv1d_activation_grad"](grad_y, x, weight, bias, dilation, activation)
+    return laid_out_as(x, reference.activation_grad(grad_y, causal_conv1d(x, weight, bias, dilation), activation))
+
+
 # ---- causal_conv1d_input_grad
 
 
-def _causal_conv1d_input_grad_fake(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
-    check_causal_conv1d_input_grad(grad_y, weight, dilation)
+def _causal_conv1d_input_grad_fake(grad_y: Tensor, weight: Tensor, dilation: int = 1, residual: Tensor | None = None) -> Tensor:
+    CHECKS["causal_conv1d_input_grad"](grad_y, weight, dilation, residual)
     return empty_output(grad_y, weight.shape[1])
 
 
 class _CausalConv1dInputGrad(_Function):
     @staticmethod
-    def forward(grad_y: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    def forward(grad_y: Tensor, weight: Tensor, dilation: int, residual: Tensor | None) -> Tensor:
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return causal_conv1d_input_grad(grad_y, weight, dilation)
+            return causal_conv1d_input_grad(grad_y, weight, dilation, residual)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        grad_y, weight, ctx.dilation = inputs
+        grad_y, weight, ctx.dilation, _ = inputs
         ctx.save_for_backward(grad_y, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_grad_x: Tensor) -> tuple:
         grad_y, weight = ctx.saved_tensors
-        needs_grad_y, needs_weight, _ = ctx.needs_input_grad
+        needs_grad_y, needs_weight, _, needs_residual = ctx.needs_input_grad
         double_grad_y = double_weight = None
         if needs_grad_y:
             double_grad_y = causal_conv1d(grad_grad_x, weight, None, ctx.dilation)
         if needs_weight:
             double_weight, _ = causal_conv1d_weight_grad(grad_y, grad_grad_x, weight.shape[2], ctx.dilation)
-        return double_grad_y, double_weight, None
+        return double_grad_y, double_weight, None, grad_grad_x if needs_residual else None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
@@ -105,7 +174,7 @@ class _CausalConv1dInputGrad(_Function):
 
 
 def _causal_conv1d_weight_grad_fake(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
-    check_causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
+    CHECKS["causal_conv1d_weight_grad"](grad_y, x, kernel_size, dilation)
     return empty_weight(x, grad_y.shape[1], x.shape[1], kernel_size), x.new_empty(grad_y.shape[1])
 
 
@@ -142,7 +211,7 @@ class _CausalConv1dWeightGrad(_Function):
 
 
 @functools.cache
-def _implementation(name: str, check: Callable, device: torch.device) -> Callable:
+def _implementation(name: str, device: torch.device) -> Callable:
     """What computes an op on `device`: its Triton launcher, which checks when it makes a plan, or the reference behind a check."""
     from fuzzytok_kernels.support import runs_triton  # triton is imported at the first call, not at import
 
@@ -150,7 +219,7 @@ def _implementation(name: str, check: Callable, device: torch.device) -> Callabl
         from fuzzytok_kernels import launch
 
         return getattr(launch, name)
-    compute = getattr(reference, name)
+    check, compute = CHECKS[name], getattr(reference, name)
 
     def checked(*args: Any) -> Any:
         check(*args)
@@ -171,14 +240,13 @@ def _vmap_folding_first(op: Callable, size: int, in_dims: tuple, args: tuple) ->
     return torch.stack([op(*_select(args, in_dims, i)) for i in range(size)]), 0
 
 
-def _below_autograd(op: Callable, function: type[_Function], defaults: tuple) -> Callable:
-    """The Autograd kernel of an op: `function`, or the op itself where nothing could want a derivative (saves some 8 us a call)."""
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # past Function.apply's inspect.signature
+def _below_autograd(op: Callable, derive: Callable, defaults: tuple) -> Callable:
+    """The Autograd kernel of an op: `derive`, or the op itself where nothing could want a derivative (saves some 8 us a call)."""
 
     def autograd(*args: Any) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         if wanted or forward_ad._current_level >= 0:
-            return apply(*args, *defaults[len(args) :])
+            return derive(*args, *defaults[len(args) :])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
 
@@ -186,15 +254,22 @@ def _below_autograd(op: Callable, function: type[_Function], defaults: tuple) ->
 
 
 def _cast(args: tuple) -> tuple:
-    """`args` as F.conv1d's rule has them under autocast: in its dtype, but for fp64."""
+    """`args` as F.conv1d's rule has them under autocast: in its dtype, but for fp64. A tensor given twice stays one."""
     dtype = torch.get_autocast_dtype(args[0].device.type)
-    return tuple(
-        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg for arg in args
-    )
+    casts: dict[int, Tensor] = {}
+
+    def cast(arg: Any) -> Any:
+        if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.dtype == torch.float64:
+            return arg
+        if id(arg) not in casts:
+            casts[id(arg)] = arg.to(dtype)
+        return casts[id(arg)]
+
+    return tuple(map(cast, args))
 
 
 def _autocast(op: Callable, casts: bool) -> Callable:
-    """The forward follows the autocast dtype, the gradients keep theirs, and nothing inside is cast again."""
+    """A forward follows the autocast dtype, a gradient keeps its own, and nothing inside is cast again."""
 
     def autocast(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
@@ -203,7 +278,7 @@ def _autocast(op: Callable, casts: bool) -> Callable:
     return autocast
 
 
-def _functorch(function: type[_Function], defaults: tuple, casts: bool) -> Callable:
+def _functorch(apply: Callable, defaults: tuple, casts: bool) -> Callable:
     """The kernel under torch.func's transforms. Its key comes before autocast's, and the function has to save what was cast."""
 
     def front(*args: Any) -> Any:
@@ -211,21 +286,29 @@ def _functorch(function: type[_Function], defaults: tuple, casts: bool) -> Calla
         device = args[0].device.type
         if casts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
             args = _cast(args)
-        return function.apply(*args)
+        return apply(*args)
 
     return front
 
 
-def _register(schema: str, check: Callable, fake: Callable, function: type[_Function], autocast: bool = False) -> Any:
+def _applied(function: type[_Function]) -> Callable:
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # past Function.apply's inspect.signature
+
+
+def _register(schema: str, fake: Callable, derived: Callable, transformed: Callable, autocast: bool = False) -> Any:
+    """Define an op with its fake and every kernel: `derived` where a derivative may be wanted, `transformed` under torch.func.
+
+    Either is an autograd.Function, or does what the op does in steps that have derivatives of their own.
+    """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     op = getattr(torch.ops.fuzzytok, name).default
     for key in ("CPU", "CUDA"):
-        _library.impl(name, lambda first, *args: _implementation(name, check, first.device)(first, *args), key)
+        _library.impl(name, lambda first, *args: _implementation(name, first.device)(first, *args), key)
     torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
     defaults = tuple(argument.default_value for argument in op._schema.arguments)  # the dispatcher strips arguments that equal theirs
-    _library.impl(name, _below_autograd(op, function, defaults), "Autograd")
-    _library.impl(name, _functorch(function, defaults, autocast), "FuncTorchDynamicLayerFrontMode")
+    _library.impl(name, _below_autograd(op, derived, defaults), "Autograd")
+    _library.impl(name, _functorch(transformed, defaults, autocast), "FuncTorchDynamicLayerFrontMode")
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, _autocast(op, autocast), key)
     return op
@@ -233,13 +316,21 @@ def _register(schema: str, check: Callable, fake: Callable, function: type[_Func
 
 causal_conv1d = _register(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1) -> Tensor",
-    check_causal_conv1d, _causal_conv1d_fake, _CausalConv1d, autocast=True,
+    _causal_conv1d_fake, _applied(_CausalConv1d), _CausalConv1d.apply, autocast=True,
+)  # fmt: skip
+causal_conv1d_fused = _register(
+    "causal_conv1d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int dilation, str activation) -> Tensor",
+    _causal_conv1d_fused_fake, _fused_derived, _fused_in_steps, autocast=True,
+)  # fmt: skip
+causal_conv1d_activation_grad = _register(
+    "causal_conv1d_activation_grad(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, int dilation, str activation) -> Tensor",
+    _causal_conv1d_activation_grad_fake, _activation_grad_in_steps, _activation_grad_in_steps,
 )  # fmt: skip
 causal_conv1d_input_grad = _register(
-    "causal_conv1d_input_grad(Tensor grad_y, Tensor weight, int dilation=1) -> Tensor",
-    check_causal_conv1d_input_grad, _causal_conv1d_input_grad_fake, _CausalConv1dInputGrad,
+    "causal_conv1d_input_grad(Tensor grad_y, Tensor weight, int dilation=1, Tensor? residual=None) -> Tensor",
+    _causal_conv1d_input_grad_fake, _applied(_CausalConv1dInputGrad), _CausalConv1dInputGrad.apply,
 )  # fmt: skip
 causal_conv1d_weight_grad = _register(
     "causal_conv1d_weight_grad(Tensor grad_y, Tensor x, int kernel_size, int dilation=1) -> (Tensor, Tensor)",
-    check_causal_conv1d_weight_grad, _causal_conv1d_weight_grad_fake, _CausalConv1dWeightGrad,
+    _causal_conv1d_weight_grad_fake, _applied(_CausalConv1dWeightGrad), _CausalConv1dWeightGrad.apply,
 )  # fmt: skip

@@ -3,11 +3,26 @@
 Eq. 2 and 3 of the FuzzyTok paper: `y[b,o,t] = bias[o] + sum_c sum_k weight[o,c,k] * x[b,c,t - k*d]`, x being 0 before t = 0.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fuzzytok_kernels.layout import empty_output, empty_weight, in_layout_of
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of the pre-activation (B, C_out, T)
+    "none": lambda p: p,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "glu": partial(F.glu, dim=1),
+    "tanh_sigmoid": lambda p: torch.tanh(p.chunk(2, 1)[0]) * torch.sigmoid(p.chunk(2, 1)[1]),
+}
+GATES = ("glu", "tanh_sigmoid")  # these halve the channels: the first half are values, the second lets them through
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -21,10 +36,50 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilatio
     return in_layout_of(out, y.squeeze(2))
 
 
-def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
-    """grad_y (B, C_out, T), weight (C_out, C_in, K) -> grad_x (B, C_in, T).
+def causal_conv1d_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dilation: int, activation: str) -> Tensor:
+    """x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,), residual (B, C, T) -> y (B, C, T); C is C_out, or half of it for a gate.
 
-    `grad_x[b,c,t] = sum_o sum_k weight[o,c,k] * grad_y[b,o,t + k*d]`, grad_y being 0 from T on.
+    `y = residual + activation(causal_conv1d(x, weight, bias, dilation))`.
+    """
+    channels = weight.shape[0] // 2 if activation in GATES else weight.shape[0]
+    y = activated(causal_conv1d(x, weight, bias, dilation), residual, activation)
+    return in_layout_of(empty_output(x, channels), y)
+
+
+def activated(p: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """What follows the pre-activation p (B, C_out, T), by functions that PyTorch can differentiate."""
+    y = ACTIVATIONS[activation](p)
+    return y if residual is None else residual + y
+
+
+def causal_conv1d_activation_grad(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str) -> Tensor:
+    """grad_y (B, C, T), x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,) -> the gradient (B, C_out, T) before the activation."""
+    grad_p = activation_grad(grad_y, causal_conv1d(x, weight, bias, dilation), activation)
+    return in_layout_of(empty_output(x, weight.shape[0]), grad_p)
+
+
+def activation_grad(grad_y: Tensor, p: Tensor, activation: str) -> Tensor:
+    """The gradient of `p` from that of `ACTIVATIONS[activation](p)`, by functions that PyTorch can differentiate again."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad_y, p, 0)
+    if activation in ("gelu", "gelu_tanh"):
+        return torch.ops.aten.gelu_backward(grad_y, p, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "glu":
+        return torch.ops.aten.glu_backward(grad_y, p, 1)
+    wide = p.to(torch.promote_types(p.dtype, torch.float32))
+    if activation == "silu":  # aten::silu_backward has no derivative on every version
+        return (grad_y * torch.sigmoid(wide) * (1 + wide * torch.sigmoid(-wide))).to(p.dtype)
+    if activation == "tanh_sigmoid":
+        value, by = wide.chunk(2, 1)
+        value, gate, rest = torch.tanh(value), torch.sigmoid(by), torch.sigmoid(-by)
+        return torch.cat([grad_y * gate * (1 - value * value), grad_y * value * gate * rest], 1).to(p.dtype)
+    return grad_y
+
+
+def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1, residual: Tensor | None = None) -> Tensor:
+    """grad_y (B, C_out, T), weight (C_out, C_in, K), residual (B, C_in, T) -> grad_x (B, C_in, T).
+
+    `grad_x[b,c,t] = residual[b,c,t] + sum_o sum_k weight[o,c,k] * grad_y[b,o,t + k*d]`, grad_y being 0 from T on.
     """
     (B, _, T), (_, c_in, K) = grad_y.shape, weight.shape
     out = empty_output(grad_y, c_in)
@@ -33,7 +88,8 @@ def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1) 
     dilation = min(dilation, T)
     history = (K - 1) * dilation
     padded = conv2d_input((B, c_in, 1, T + history), _image(weight.flip(2)), _image(grad_y), dilation=(1, dilation))
-    return in_layout_of(out, padded[:, :, 0, history:])
+    grad_x = padded[:, :, 0, history:]
+    return in_layout_of(out, grad_x if residual is None else grad_x + residual)
 
 
 def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:

@@ -142,6 +142,19 @@ def test_same_bits_on_a_busy_gpu(dtype, device, path):
     side.synchronize()
 
 
+@needs_kernels
+@pytest.mark.parametrize("B, T", [(1, 37), (3, 200)], ids=["one slice, no reduction", "many slices"])
+@pytest.mark.parametrize("K", [1, 3, 5])
+@pytest.mark.parametrize("taps", [1, 2, 3])
+@pytest.mark.parametrize("kernel_path", ["tma", "pointer"])
+def test_weight_grad_in_groups_of_taps(kernel_path, taps, K, B, T, strict_dtype, device):
+    """The last group may be short, and its surplus taps must leave no trace."""
+    from fuzzytok_kernels import tuning
+
+    with tuning.force(path=kernel_path, TAPS=taps, programs_per_sm=32, BLOCK_T=64):
+        assert_accurate(make_inputs(Problem(B, c_in=24, c_out=40, T=T, K=K, d=4), strict_dtype, device, "channels-last", "channels-last"))
+
+
 @needs_cuda
 def test_first_launch_of_a_thread():
     """Also where PyTorch's allocator has memory at hand, so that nothing has made the device's context current in that thread yet."""

@@ -2,14 +2,16 @@
 
 import copy
 import io
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuzzytok_kernels import CausalConv1d, ResidualCausalBlock
+from fuzzytok_kernels import CausalConv1d, FuzzyTokenizer, ResidualCausalBlock
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -161,7 +163,6 @@ def test_on_the_meta_device():
 def test_repr():
     assert repr(CausalConv1d(4, 6, 3, dilation=2)) == "CausalConv1d(4, 6, kernel_size=3, dilation=2)"
     assert repr(CausalConv1d(4, 6, 3, bias=False)) == "CausalConv1d(4, 6, kernel_size=3, dilation=1, bias=False)"
-    assert "activation='silu'" in repr(ResidualCausalBlock(4, 3, activation="silu"))
 
 
 # ---- errors
@@ -209,24 +210,171 @@ def test_an_unbatched_input_is_refused_with_a_hint(device):
 
 # ---- the block
 
-ACTIVATIONS = {"relu": nn.ReLU(), "silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "glu": nn.GLU(dim=1),
+    "tanh_sigmoid": lambda p: torch.tanh(p[:, :6]) * torch.sigmoid(p[:, 6:]),
+}
+NORMS = {
+    None: lambda x, norm: x,
+    "layer": lambda x, norm: F.layer_norm(x.mT, (6,), norm.weight, norm.bias).mT,
+    "rms": lambda x, norm: F.rms_norm(x.mT, (6,), norm.weight).mT,
+}
 
 
+def new_block(device, **kwargs) -> ResidualCausalBlock:
+    """On 6 channels, with no parameter at 0 or 1, where it would not show."""
+    block = ResidualCausalBlock(6, 3, dilation=2, **kwargs).to(device)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return block
+
+
+def composed(block: ResidualCausalBlock, x: Tensor) -> Tensor:
+    norm = next(name for name, kind in ((None, nn.Identity), ("layer", nn.LayerNorm), ("rms", nn.RMSNorm)) if type(block.norm) is kind)
+    return x + ACTIVATIONS[block.activation](block.conv(NORMS[norm](x, block.norm)))
+
+
+def with_gradients(function, block: ResidualCausalBlock, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = function(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_block_is_x_plus_the_activated_convolution(activation, device):
-    block = ResidualCausalBlock(6, 3, dilation=2, activation=activation).to(device)
+def test_block_is_x_plus_the_activated_convolution(activation, norm, channels_last, device):
+    """And the gradients of x and of every parameter are those of the composition."""
+    block = new_block(device, activation=activation, norm=norm)
     x = torch.randn(2, 9, 6, device=device).mT
-    y = block(x)
-    close(y, x + ACTIVATIONS[activation](block.conv(x)))
-    assert y.stride() == x.stride()
+    x = x if channels_last else x.contiguous()
+    got, want = (with_gradients(f, block, x) for f in (block, lambda x: composed(block, x)))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-def test_an_unknown_activation_is_refused_with_those_allowed():
-    with pytest.raises(ValueError, match=r"activation is 'tanh'; expected one of 'relu', 'silu', 'gelu', 'gelu_tanh'"):
-        ResidualCausalBlock(6, 3, activation="tanh")
+@pytest.mark.parametrize("norm", NORMS)
+def test_block_output_lies_as_its_input_does(norm, device):
+    block = new_block(device, norm=norm)
+    for x in (torch.randn(2, 6, 9, device=device), torch.randn(2, 9, 6, device=device).mT):
+        assert block(x).stride() == x.stride()
 
 
-def test_block_compiles_whole(device):
-    block = ResidualCausalBlock(6, 3, dilation=2).to(device)
+def reaches_back(function, x: Tensor) -> bool:
+    """Whether a change of the future changes a bit of any earlier output."""
+    before = function(x)
+    for t in range(1, x.shape[2]):
+        changed = x.clone()
+        changed[:, :, t:] += 1 + torch.rand_like(changed[:, :, t:])
+        after = function(changed)
+        assert not torch.equal(after[:, :, t], before[:, :, t])
+        if not torch.equal(after[:, :, :t], before[:, :, :t]):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ["gelu", "tanh_sigmoid"])
+def test_block_is_causal(activation, norm, device):
+    """The norm is over the channels of each position: one over time would let the past see the future."""
+    block = new_block(device, activation=activation, norm=norm)
+    x = torch.randn(2, 6, 9, device=device)
+    assert not reaches_back(block, x)
+    assert reaches_back(lambda x: block(F.layer_norm(x, x.shape[2:])), x)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "glu"])
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_dropout_is_of_the_contribution_and_in_training_alone(norm, activation, device):
+    block = new_block(device, activation=activation, norm=norm, dropout=0.25)
+    x = torch.randn(16, 6, 99, device=device)
+    full = composed(block, x)
+    got = with_gradients(block, block, x)
+    part, whole = got[0] - x, (full - x) * 4 / 3
+    kept = part.abs() > whole.abs() / 2
+    assert 0.72 < kept.double().mean() < 0.78
+    assert not torch.equal(block(x), got[0])
+    want = with_gradients(lambda x: x + kept * (composed(block, x) - x) * 4 / 3, block, x)
+    for value, wanted in zip(got, want, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    block.eval()
+    close(block(x), full)
+
+
+def test_all_dropped_is_x(device):
+    x = torch.randn(2, 6, 9, device=device)
+    assert torch.equal(new_block(device, dropout=1.0)(x), x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ["gelu", "glu"])
+def test_block_state_dict_round_trip(activation, norm, device):
+    block, other = (new_block(device, activation=activation, norm=norm) for _ in range(2))
+    x = torch.randn(2, 6, 9, device=device)
+    assert not torch.equal(block(x), other(x))
+    other.load_state_dict(block.state_dict())
+    assert torch.equal(block(x), other(x))
+    assert block.state_dict().keys() - {"norm.weight", "norm.bias"} == {"conv.weight", "conv.bias"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(activation="tanh"), "activation is 'tanh'; expected one of .*'relu', 'silu', 'gelu', 'gelu_tanh', 'glu', 'tanh_sigmoid'"),
+        (dict(norm="batch"), "norm is 'batch'; expected one of None, 'layer', 'rms'"),
+        (dict(dropout=-0.1), "dropout is -0.1; expected .*between 0 and 1"),
+        (dict(dropout=1.5), "dropout is 1.5; expected .*between 0 and 1"),
+        (dict(channels=0), "channels is 0; expected at least 1"),
+        (dict(channels=0, norm="layer"), "channels is 0; expected at least 1"),
+        (dict(kernel_size=0), "kernel_size is 0; expected at least 1"),
+        (dict(dilation=0), "dilation is 0; expected at least 1"),
+    ],
+    ids=str,
+)
+def test_a_block_refuses_by_name(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualCausalBlock(**{"channels": 6, "kernel_size": 3, **wrong})
+
+
+def test_block_repr():
+    assert "activation='silu'" in repr(ResidualCausalBlock(4, 3, activation="silu"))
+    assert "dropout=0.5" in repr(ResidualCausalBlock(4, 3, dropout=0.5))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_block_compiles_whole(norm, device):
+    block = new_block(device, norm=norm)
     x = torch.randn(2, 9, 6, device=device).mT
     close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of our ops, and of what they take the place of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+    def ours(self) -> dict[str, int]:
+        return {name.removeprefix("fuzzytok::causal_conv1d"): n for name, n in self.counts.items() if name.startswith("fuzzytok::")}
+
+
+def test_a_tokenizer_runs_one_fused_op_a_block(device):
+    tokenizer = FuzzyTokenizer(dim=8, dilations=(1, 2, 4)).to(device)
+    ids = torch.randint(256, (2, 19), device=device)
+    with Calls() as forward:
+        z = tokenizer(ids)
+    assert forward.ours() == {"_fused": 3}
+    assert not {"aten::gelu", "aten::convolution", "aten::add.Tensor"} & forward.counts.keys()
+    with Calls() as backward:
+        z.sum().backward()
+    assert backward.ours() == {"_activation_grad": 3, "_input_grad": 3, "_weight_grad": 3}
+    assert not {"aten::gelu_backward", "aten::add.Tensor"} & backward.counts.keys()

@@ -20,7 +20,7 @@ from modes import DEVICE, needs_kernels, run_python
 import fuzzytok_kernels
 from fuzzytok_kernels import tuning
 from fuzzytok_kernels.cli import main
-from fuzzytok_kernels.tuning import Config, Problem, get_config, hashes, lookup, store
+from fuzzytok_kernels.tuning import Config, Problem, get_config, hashes, lookup, space, store
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.space import OPS, default_config
@@ -30,7 +30,7 @@ GPU = Gpu("Fake GPU 9000", "sm90", 132, 232448)
 SIBLING = Gpu("Fake GPU 9000 Ti", "sm90", 144, 232448)
 GENERIC = Gpu("generic", "sm90", 1, 232448)
 OP = "causal_conv1d"
-PROBLEM = Problem(OP, "bf16", "last", True, 3, 256, 256, 65536)
+PROBLEM = Problem(OP, "bf16", "last", True, "none", 3, 256, 256, 65536)
 CONFIG = Config("tma", 128, 64, 128, 4, 3, 2)
 
 
@@ -55,6 +55,7 @@ def places(tmp_path, monkeypatch) -> Places:
     monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: GPU if device >= 0 else None))
     monkeypatch.setattr(lookup, "_warned", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(lookup, "predicted", lambda problem, config, multiprocessors: 1.0)  # the nearest serves, not the fastest
     tuning.forget()
     yield found
     tuning.forget()
@@ -110,8 +111,27 @@ def test_one_tuned_problem_does_not_serve_all_others(places):
 
 def test_only_what_is_alike(places):
     places.put(places.own, 1)
-    places.put(places.shipped, 2, problem=PROBLEM._replace(layout="first", steps=1))
-    assert stages(PROBLEM._replace(layout="first")) == 2
+    places.put(places.shipped, 2, problem=PROBLEM._replace(dtype="tf32", steps=1))
+    assert stages(PROBLEM._replace(dtype="tf32")) == 2
+
+
+def test_what_fits_the_problem_goes_before_what_is_near(places, monkeypatch):
+    """By the model of the time: a large tile that won for many steps would leave most of the GPU idle on a few."""
+    monkeypatch.setattr(lookup, "predicted", space.predicted)
+    large = CONFIG._replace(BLOCK_T=256, BLOCK_C_OUT=256, num_warps=8, programs_per_sm=1)
+    places.put(places.own, 3, config=large)
+    tuning.forget()
+    assert get_config(0, PROBLEM) == large
+    few = get_config(0, PROBLEM._replace(steps=128))
+    assert few.BLOCK_T * few.BLOCK_C_OUT < 256 * 256
+    assert space.shared_memory(PROBLEM, few) <= GPU.shared_memory
+
+
+def test_the_model_trusts_only_measured_gpus_beyond_their_file(places, monkeypatch):
+    monkeypatch.setattr(lookup, "predicted", space.predicted)
+    places.put(places.shipped, 4, SIBLING)
+    places.put(places.shipped, 5, GENERIC, PROBLEM._replace(c_in=64))
+    assert stages(PROBLEM._replace(steps=128)) == 4
 
 
 def test_config_of_a_sibling_must_fit(places):
@@ -297,11 +317,14 @@ def test_commands_name_the_problems_that_run(shape, layout, dtype):
     with tuning.record_problems() as problems, torch.backends.cudnn.flags(allow_tf32=True):
         y = torch.ops.fuzzytok.causal_conv1d(x.requires_grad_(), weight, None, 2)
         y.backward(torch.randn_like(y))
+        z = torch.ops.fuzzytok.causal_conv1d_fused(x, weight, None, None, 2, "gelu")
+        z.backward(torch.randn_like(z))
     gpu = Gpu.current(0) if DEVICE.type == "cuda" else GPU
     if dtype == "tf32" and "tf32" not in {problem.dtype for problem in problems}:
         pytest.skip("no TF32 here")
     for op in OPS:
-        options = argparse.Namespace(op=op, shape=shape, dtype=dtype, layout=layout, dilation=2)
+        activation = "gelu" if op in ("causal_conv1d_fused", "causal_conv1d_activation_grad") else "none"
+        options = argparse.Namespace(op=op, shape=shape, dtype=dtype, layout=layout, dilation=2, activation=activation)
         assert problem_from(options, gpu)[0] in problems
 
 
@@ -370,7 +393,9 @@ def explained(capsys, *arguments: str) -> str:
 def test_explain_what_serves(places, capsys):
     path = places.put(places.cache, 2, problem=PROBLEM._replace(c_in=128), time_us=41.7, default_us=45.0)
     text = explained(capsys)
-    assert re.search(rf"served by +{re.escape(str(path))}\nentry +K=3 C_in=128 C_out=256 B\*T=65536\nconfig .*num_stages=2", text)
+    assert re.search(
+        rf"served by +{re.escape(str(path))}\nentry +K=3 C_in=128 C_out=256 B\*T=65536\nits time .*\nconfig .*num_stages=2", text
+    )
     assert "41.7 us, the default's 45.0 us" in text
     assert "nearest K=3 C_in=128 C_out=256 B*T=65536: 1.00 doublings away" in text
     assert "no such file" in text
@@ -385,13 +410,13 @@ def test_explain_says_why_not_field_by_field(places, capsys):
     content = json.loads(places.put(places.own, 1).read_text())
     content |= {"kernel_hash": "old", "space_hash": "older"}
     store.path_of(places.own, GPU, OP).write_text(json.dumps(content))
-    places.put(places.cache, 2, problem=PROBLEM._replace(dtype="fp16", layout="first"))
+    places.put(places.cache, 2, problem=PROBLEM._replace(dtype="tf32", epilogue="residual"))
     places.put(places.shipped, 3).write_text("{")
     places.put(places.shipped, 4, SIBLING, shared=1 << 30)
     text = explained(capsys)
     assert f"kernel_hash is 'old', expected '{hashes.kernel_hash(OP)}'" in text
     assert f"space_hash is 'older', expected '{hashes.space_hash()}'" in text
-    assert "dtype is 'fp16', expected 'bf16'; layout is 'first', expected 'last'" in text
+    assert "dtype is 'tf32', expected '16 bits'; epilogue is 'residual', expected 'none'" in text
     assert "Expecting property name" in text
     assert "shared memory is 1,073,741,824 bytes, expected at most 232,448" in text
     assert "default config" in text

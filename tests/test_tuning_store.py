@@ -21,7 +21,7 @@ from fuzzytok_kernels.tuning.store import Entry, merge, nearest, read
 
 GPU = Gpu("Fake GPU 9000 (80GB)", "sm90", 132, 232448)
 OP = "causal_conv1d"
-PROBLEM = Problem(OP, "bf16", "last", True, 3, 256, 256, 65536)
+PROBLEM = Problem(OP, "bf16", "last", True, "none", 3, 256, 256, 65536)
 CONFIG = Config("tma", 128, 64, 128, 4, 3, 2)
 MEASURED = {"inputs": "fresh random, cold L2"}
 
@@ -105,14 +105,17 @@ def test_nearest():
         at(64, 64, 4096),
         at(256, 256, 4096),
         at(256, 256, 65536),
-        at(250, 250, 65536, dtype="fp16"),
+        at(64, 64, 65536, dtype="fp16"),
         at(256, 256, 65536, kernel_size=5),
     ]
     assert nearest(entries, PROBLEM) == entries[2]
-    assert nearest(entries, PROBLEM._replace(c_in=250, c_out=250)) == entries[2]
+    assert nearest(entries, PROBLEM._replace(c_in=256, c_out=248)) == entries[2]
     assert nearest(entries, PROBLEM._replace(kernel_size=6)) == entries[4]
     assert nearest(entries, PROBLEM._replace(c_in=100, c_out=80, steps=1)) == entries[0]
-    assert nearest(entries, PROBLEM._replace(layout="first")) is None
+    assert nearest(entries, PROBLEM._replace(layout="first")) == entries[2]
+    assert nearest(entries, PROBLEM._replace(dtype="fp16")) == entries[2]
+    for other in ({"dtype": "tf32"}, {"op": "causal_conv1d_input_grad"}, {"epilogue": "residual"}, {"aligned": False}):
+        assert nearest(entries, PROBLEM._replace(**other)) is None
     assert nearest([], PROBLEM) is None
     tied = [at(128, 256, 65536), at(256, 128, 65536), at(512, 256, 65536), at(256, 256, 131072)]
     for order in itertools.permutations(tied):

@@ -1,28 +1,37 @@
-"""The causal dilated convolution (Eq. 2 and 3 of the FuzzyTok paper), forward and input-grad alike.
+"""The causal dilated convolution (Eq. 2 and 3 of the FuzzyTok paper) with what follows it in a residual block: one kernel a path.
 
-The input-grad is the same sum with the time shift reversed and the weight's channel axes swapped, so that one kernel a path serves
-both ops. Here `c_in` are the channels summed over and `c_out` those produced; `shift` is the dilation, negative for the input-grad.
+It serves the plain and the fused forward, the gradient of the pre-activation, which is computed anew, and the input-grad: the same sum
+with the time shift reversed and the weight's channel axes swapped. Here `c_in` are the channels summed over and `c_out` those that the
+product has; `shift` is the dilation, negative for the input-grad.
+
+A gate has c_out / 2 channels of values and as many of gates (PARTS = 2, else 1). A tile's columns are then half values, half the gates of
+the same channels. `extra` is nothing, the residual to be added, or the gradient of the block's output (EXTRA).
 """
 
 import triton
 import triton.language as tl
 
+from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot
 
 
 @triton.jit(do_not_specialize=["B", "shift"])
 def conv_tma_kernel(
-    x, weight, bias, y, B, T, c_in, c_out, shift, stride_bias,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, IN_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
+    x, weight, bias, extra, y, B, T, c_in, c_out, shift, stride_bias,
+    stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+    K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+    IN_LAST: tl.constexpr, Y_DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, C_out, C_in] (IN_LAST) or [K, C_in, C_out].
+    """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, PARTS, C_out/PARTS, C_in] (IN_LAST) or [K, C_in, C_out].
 
-    y is a descriptor [B, T, C_out] (Y_CHANNELS_LAST) or a pointer to contiguous [B, C_out, T].
+    extra [B, T, C] and y [B, T, parts, C] are descriptors too (Y_DESCRIBED), or else pointers.
     """
-    n_ci, n_co, n_t = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(c_out, BLOCK_C_OUT), tl.cdiv(T, BLOCK_T)
-    for tile in tl.range(tl.program_id(0), B * n_t * n_co, tl.num_programs(0), flatten=True):
-        co = tile % n_co * BLOCK_C_OUT
+    channels = c_out // PARTS
+    WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
+    n_ci, n_co, n_t = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH), tl.cdiv(T, BLOCK_T)
+    for tile in tl.range(tl.program_id(0), B * n_t * n_co, tl.num_programs(0), flatten=FLATTEN):
+        c = tile % n_co * WIDTH
         t = tile // n_co % n_t * BLOCK_T
         b = tile // n_co // n_t
         acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
@@ -31,37 +40,36 @@ def conv_tma_kernel(
             ci = i // K * BLOCK_C_IN
             rows = x.load([b, t - k * shift, ci]).reshape(BLOCK_T, BLOCK_C_IN)  # zeros outside 0 <= t < T, by the hardware
             if IN_LAST:
-                tap = weight.load([k, co, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
+                tap = weight.load([k, 0, c, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
             else:
-                tap = weight.load([k, ci, co]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
+                tap = weight.load([k, ci, c]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
             acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
-        if HAS_BIAS:
-            o = co + tl.arange(0, BLOCK_C_OUT).to(tl.int64)
-            acc += tl.load(bias + o * stride_bias, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
-        if Y_CHANNELS_LAST:
-            # Stored in two halves: half the shared memory, so that two programs fit a multiprocessor.
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_C_OUT // 2)), (0, 2, 1)))
-            y.store([b, t, co], left.to(y.dtype).reshape(1, BLOCK_T, BLOCK_C_OUT // 2))
-            y.store([b, t, co + BLOCK_C_OUT // 2], right.to(y.dtype).reshape(1, BLOCK_T, BLOCK_C_OUT // 2))
-        else:
-            steps, o = t + tl.arange(0, BLOCK_T), co + tl.arange(0, BLOCK_C_OUT)
-            out = y + (b.to(tl.int64) * c_out + o[None, :]) * T + steps[:, None]  # [T, C_out]
-            tl.store(out, acc.to(y.dtype.element_ty), mask=(steps < T)[:, None] & (o < c_out)[None, :])
+        _finish(
+            acc, bias, extra, y, b, t, c, T, channels, stride_bias,
+            stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+            PARTS, HAS_BIAS, ACTIVATION, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["shift"])
 def conv_pointer_kernel(
-    x, weight, bias, y, T, c_in, c_out, shift, stride_bias,
-    stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_yb, stride_yc, stride_yt,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, bias, extra, y, T, c_in, c_out, shift, stride_bias,
+    stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi,
+    stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+    K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
     """One output tile a program, any strides and any alignment; offsets are 64-bit, one grid axis counts all tiles."""
-    n_co, n_t = tl.cdiv(c_out, BLOCK_C_OUT), tl.cdiv(T, BLOCK_T)
+    channels = c_out // PARTS
+    WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
+    n_co, n_t = tl.cdiv(channels, WIDTH), tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0)
-    o = tile % n_co * BLOCK_C_OUT + tl.arange(0, BLOCK_C_OUT).to(tl.int64)
-    t = tile // n_co % n_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-    b = (tile // n_co // n_t).to(tl.int64)
+    first_c, first_t, b = tile % n_co * WIDTH, tile // n_co % n_t * BLOCK_T, tile // n_co // n_t
+    column = tl.arange(0, BLOCK_C_OUT).to(tl.int64)
+    within = first_c + column % WIDTH
+    o = column // WIDTH * channels + within
+    t = first_t + tl.arange(0, BLOCK_T).to(tl.int64)
+    row = x + b.to(tl.int64) * stride_xb
     acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
     for i in range(K * tl.cdiv(c_in, BLOCK_C_IN)):
         k = i % K  # taps innermost, as above
@@ -70,17 +78,105 @@ def conv_pointer_kernel(
         causal = (source >= 0) & (source < T)  # Eq. 7; the upper end is the input-grad's
         clamped = tl.where(causal, source, 0)  # Eq. 8: no address outside the tensor is ever formed
         rows = tl.load(  # [T, C_in]
-            x + b * stride_xb + clamped[:, None] * stride_xt + c[None, :] * stride_xc,
-            mask=causal[:, None] & (c < c_in)[None, :],
-            other=0.0,
+            row + clamped[:, None] * stride_xt + c[None, :] * stride_xc, mask=causal[:, None] & (c < c_in)[None, :], other=0.0
         )
         tap = tl.load(  # [C_in, C_out]
             weight + k * tl.cast(stride_wk, tl.int64) + c[:, None] * stride_wi + o[None, :] * stride_wo,
-            mask=(c < c_in)[:, None] & (o < c_out)[None, :],
+            mask=(c < c_in)[:, None] & (within < channels)[None, :],
             other=0.0,
         )
         acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
+    _finish(
+        acc, bias, extra, y, b, first_t, first_c, T, channels, stride_bias,
+        stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+        PARTS, HAS_BIAS, ACTIVATION, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, bias, extra, y, b, t, c, T, channels, stride_bias,
+    stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation or its gradient, residual, and the store of a tile, from its channel c and step t on.
+
+    In two halves: half the shared memory of a whole tile, so that two programs fit a multiprocessor.
+    """
+    HALF: tl.constexpr = BLOCK_C_OUT // 2
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, HALF)), (0, 2, 1)))
+    part = PARTS - 1  # of the right half, where it begins at channel
+    right_c = c + (2 - PARTS) * HALF
     if HAS_BIAS:
-        acc += tl.load(bias + o * stride_bias, mask=o < c_out, other=0.0).to(tl.float32)[None, :]
-    out = y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc
-    tl.store(out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (o < c_out)[None, :])
+        left += _bias(bias, 0, c, channels, stride_bias, HALF)
+        right += _bias(bias, part, right_c, channels, stride_bias, HALF)
+    if PARTS == 1:
+        if EXTRA != "none":
+            more = _read(extra, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+            left = _with_extra(left, more, ACTIVATION, EXTRA)
+        else:
+            left = activate(left, ACTIVATION)
+        _write(left, y, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        if EXTRA != "none":
+            more = _read(extra, b, t, right_c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+            right = _with_extra(right, more, ACTIVATION, EXTRA)
+        else:
+            right = activate(right, ACTIVATION)
+        _write(right, y, b, t, 0, right_c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+    elif EXTRA == "grad_y":
+        grad = _read(extra, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+        left, right = gate_grads(left, right, grad, ACTIVATION)
+        _write(left, y, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(right, y, b, t, 1, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+    else:
+        out = gate(left, right, ACTIVATION)
+        if EXTRA == "residual":
+            out += _read(extra, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+        _write(out, y, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+
+
+@triton.jit
+def _with_extra(p, extra, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr):
+    if EXTRA == "residual":
+        return activate(p, ACTIVATION) + extra
+    else:
+        return derivative(p, ACTIVATION) * extra
+
+
+@triton.jit
+def _bias(bias, part, c, channels, stride_bias, HALF: tl.constexpr):
+    """[1, C_out]"""
+    within = c + tl.arange(0, HALF)
+    o = part * channels + within.to(tl.int64)
+    return tl.load(bias + o * stride_bias, mask=within < channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _read(x, b, t, c, T, channels, stride_b, stride_c, stride_t, DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+    """[T, C], zeros or anything outside the tensor."""
+    if DESCRIBED:
+        return x.load([b, t, c]).reshape(BLOCK_T, HALF).to(tl.float32)
+    else:
+        offsets, inside = _block(b, t, 0, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+        return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(
+    value, y, b, t, part, c, T, channels, stride_b, stride_c, stride_t, DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr
+):
+    if DESCRIBED:
+        y.store([b, t, part, c], value.to(y.dtype).reshape(1, BLOCK_T, 1, HALF))
+    else:
+        offsets, inside = _block(b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+        tl.store(y + offsets, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _block(b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+    """Offsets [T, C], 64-bit, and which of them are inside."""
+    steps, within = t + tl.arange(0, BLOCK_T).to(tl.int64), c + tl.arange(0, HALF).to(tl.int64)
+    o = part * channels + within
+    offsets = b.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
+    return offsets, (steps < T)[:, None] & (within < channels)[None, :]

@@ -1,42 +1,61 @@
 """The residual block that FuzzyTok is stacked from."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fuzzytok_kernels.checks import check_activation
+from fuzzytok_kernels.functional import causal_conv1d
+from fuzzytok_kernels.layout import laid_out_as
 from fuzzytok_kernels.nn.conv import CausalConv1d
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
+from fuzzytok_kernels.reference import GATES
 
 
 class ResidualCausalBlock(nn.Module):
-    """`x + activation(conv(x))` on x (B, channels, T), in the memory layout of x.
+    """`x + dropout(activation(conv(norm(x))))` on x (B, channels, T), in its memory layout; one kernel from the norm on, without dropout.
 
     Args:
-        channels, kernel_size, dilation: of the convolution, at least 1.
-        activation: "relu", "silu", "gelu" (exact, by erf) or "gelu_tanh".
+        channels, kernel_size, dilation: of the convolution, at least 1. For a gate it makes 2 * channels.
+        activation: "relu", "silu", "gelu" (exact, by erf), "gelu_tanh", "glu" or "tanh_sigmoid" (WaveNet's gate).
+        norm: None, "layer" or "rms", over the channels of each position alone: a norm over time would let the past see the future.
+        dropout: the share of the block's contribution, not of x, that training sets to zero.
 
     Raises:
-        ValueError: another activation, or a size below 1.
+        ValueError: another activation or norm, a size below 1, or a dropout outside [0, 1].
     """
 
-    def __init__(self, channels: int, kernel_size: int, dilation: int = 1, activation: str = "gelu") -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilation: int = 1,
+        activation: str = "gelu",
+        norm: str | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(map(repr, _ACTIVATIONS))}")
-        self.activation = activation
-        self.conv = CausalConv1d(channels, channels, kernel_size, dilation)
+        check_activation(activation)
+        if activation == "none":
+            raise ValueError("activation is 'none'; expected one that makes of blocks more than one convolution")
+        if norm not in _NORMS:
+            raise ValueError(f"norm is {norm!r}; expected one of {', '.join(map(repr, _NORMS))}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is {dropout!r}; expected a share between 0 and 1")
+        self.activation, self.dropout = activation, dropout
+        self.norm = _NORMS[norm](channels)
+        self.conv = CausalConv1d(channels, 2 * channels if activation in GATES else channels, kernel_size, dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, T) -> (B, channels, T)."""
-        return x + _ACTIVATIONS[self.activation](self.conv(x))
+        conv, residual = self.conv, None if self.dropout and self.training else x
+        h = x if isinstance(self.norm, nn.Identity) else self.norm(x.mT).mT  # (B, T, channels) and back: views
+        y = causal_conv1d(h, conv.weight, conv.bias, dilation=conv.dilation, activation=self.activation, residual=residual)
+        return laid_out_as(x, y if residual is not None else x + F.dropout(y, self.dropout))
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        text = f"activation={self.activation!r}"
+        return f"{text}, dropout={self.dropout}" if self.dropout else text
+
+
+_NORMS: dict[str | None, Callable[[int], nn.Module]] = {None: lambda channels: nn.Identity(), "layer": nn.LayerNorm, "rms": nn.RMSNorm}

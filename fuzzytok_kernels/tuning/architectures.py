@@ -25,6 +25,7 @@ ARCHITECTURES = (
     Gpu("generic", "sm90", 132, 232_448), Gpu("generic", "sm100", 148, 232_448), Gpu("generic", "sm120", 170, 101_376),
     Gpu("generic", "gfx942", 304, 65_536),
 )  # fmt: skip
+_COMMON = {(65536, 64), (262144, 128), (2048, 256), (65536, 256), (65536, 512), (65536, 250), (2048, 60)}  # steps, C_in
 _TRIED = 3  # candidates a problem, the default behind them
 
 
@@ -34,10 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="tuning_cache")
     folder = parser.parse_args(arguments).folder
     for gpu in ARCHITECTURES:
-        entries = _fitting(gpu, default_jobs(gpu.descriptors))
+        entries = _fitting(gpu, [job for job in default_jobs(gpu.descriptors) if _common(job)])
         for op in OPS:
             merge(folder, gpu, op, [entry for entry in entries if entry.problem.op == op], {"how": "compiled, not measured"})
     return 0
+
+
+def _common(job: Job) -> bool:
+    """Whether a job is one of those whose configs can serve all others of its kind, too."""
+    problem = job.problem
+    return problem.layout == "last" and problem.dtype != "fp16" and problem.kernel_size == 3 and (problem.steps, problem.c_in) in _COMMON
 
 
 def _fitting(gpu: Gpu, jobs: list[Job]) -> list[Entry]:

@@ -3,8 +3,9 @@
 import argparse
 import sys
 
+from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.tuning.gpu import Gpu
-from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, Problem, rounded_steps
+from fuzzytok_kernels.tuning.problem import DTYPES, EPILOGUES, LAYOUTS, Problem, rounded_steps
 from fuzzytok_kernels.tuning.space import OPS
 
 
@@ -14,7 +15,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=_shape, metavar="B,T,C_IN,C_OUT,K", help="of the convolution, for its gradients too")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="tf32 and fp32 are float32, as PyTorch's switches have it")
     parser.add_argument("--dilation", type=_positive, default=1, help="has no influence on the choice, unless it is huge (default: 1)")
-    parser.add_argument("--activation", choices=("none",), default="none", help="the ops there are have none")
+    parser.add_argument("--activation", choices=EPILOGUES, default="none", help="what follows the product in the same kernel")
     parser.add_argument("--layout", choices=LAYOUTS, default="last", help="where the channels lie (default: %(default)s)")
 
 
@@ -25,9 +26,11 @@ def problem_from(options: argparse.Namespace, gpu: Gpu | None = None) -> tuple[P
     gpu = gpu or Gpu.current(0)
     B, T, c_in, c_out, K = options.shape
     row = 4 if options.dtype in ("tf32", "fp32") else 8  # elements in the 16 bytes that descriptors ask for
-    coordinates = K * min(options.dilation, T) + T
-    aligned = gpu is not None and gpu.descriptors and c_in % row == 0 and c_out % row == 0 and coordinates < 2**31
-    problem = Problem(options.op, options.dtype, options.layout, aligned, K, c_in, c_out, rounded_steps(B * T))
+    coordinates = (K + 2) * min(options.dilation, T) + T
+    epilogue = "residual" if options.op == "causal_conv1d_fused" and options.activation == "none" else options.activation
+    whole = row * (2 if epilogue in GATES else 1)
+    aligned = gpu is not None and gpu.descriptors and c_in % row == 0 and c_out % whole == 0 and coordinates < 2**31
+    problem = Problem(options.op, options.dtype, options.layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T))
     return problem, options.dilation, B, T
 
 

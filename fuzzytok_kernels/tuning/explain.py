@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from fuzzytok_kernels.tuning import lookup, store
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.gpu import KNOWN, Gpu, versions
-from fuzzytok_kernels.tuning.problem import Problem
+from fuzzytok_kernels.tuning.problem import Problem, distance
 from fuzzytok_kernels.tuning.space import Config, default_config
 from fuzzytok_kernels.tuning.store import Entry
 
@@ -49,7 +49,7 @@ def known_gpus() -> dict[str, Gpu]:
 
 def _explanation(gpu: Gpu, problem: Problem) -> Iterator[str]:
     yield f"gpu         {gpu}"
-    exact = f"{problem.op} dtype={problem.dtype} layout={problem.layout} aligned={problem.aligned}"
+    exact = f"{problem.op} dtype={problem.dtype} layout={problem.layout} aligned={problem.aligned} epilogue={problem.epilogue}"
     yield f"problem     {exact} {_sizes(problem)}"
     for name, folder in lookup.folders().items():
         if folder is None:
@@ -59,7 +59,7 @@ def _explanation(gpu: Gpu, problem: Problem) -> Iterator[str]:
         entries, refusal = store.read(source.path, gpu, problem.op)
         yield from (f"  refused   {line}" for line in (refusal or "").splitlines())
         if entries:
-            yield f"  entries   {len(entries)}, {_best(entries, problem, source.farther)}"
+            yield f"  entries   {len(entries)}, {_nearest(entries, problem, source.farther)}"
     choice = lookup.choose(gpu, problem)
     if choice is None:
         yield "served by   the default config, for no entry is like the problem"
@@ -69,28 +69,34 @@ def _explanation(gpu: Gpu, problem: Problem) -> Iterator[str]:
     entry = choice.entry
     yield f"served by   {choice.source.path}"
     yield f"entry       {_sizes(entry.problem)}"
-    yield f"config      {_fields(entry.config)}"
     yield f"its time    {entry.time_us} us, the default's {entry.default_us} us" if entry.time_us else "its time    not measured"
+    yield f"config      {_fields(choice.config)}"
+    if choice.config != entry.config:
+        yield f"  rather than the entry's, by the model of the time: {_fields(entry.config)}"
     _, theirs = store.header(choice.source.path)
     for name, here in versions().items():
         if theirs.get(name) != here:
             yield f"  version   {name} was {theirs.get(name)}, is {here} here"
 
 
-def _best(entries: list[Entry], problem: Problem, farther: int) -> str:
+def _nearest(entries: list[Entry], problem: Problem, farther: int) -> str:
     """What a file has for a problem, or how the entry that is most like it differs."""
     entry = store.nearest(entries, problem)
     if entry:
-        far = store.distance(entry.problem, problem)
+        far = distance(entry.problem, problem)
         return f"nearest {_sizes(entry.problem)}: {far:.2f} doublings away" + (
             f", and {farther} more for not being measured here" if farther else ""
         )
-    fewest = min((_differences(entry.problem, problem) for entry in entries), key=lambda differences: len(differences))
+    fewest = min((_differences(entry, problem) for entry in entries), key=lambda differences: len(differences))
     return f"none like it; the closest: {'; '.join(fewest)}"
 
 
-def _differences(had: Problem, expected: Problem) -> list[str]:
-    return [f"{name} is {a!r}, expected {b!r}" for name, a, b in zip(Problem._fields, had.kind, expected.kind, strict=False) if a != b]
+def _differences(entry: Entry, expected: Problem) -> list[str]:
+    had = entry.problem.kind
+    differences = [f"{name} is {had[name]!r}, expected {value!r}" for name, value in expected.kind.items() if had[name] != value]
+    if entry.config.path == "tma" and not expected.aligned:
+        differences.append("path is 'tma', expected 'pointer', for the problem is not aligned")
+    return differences
 
 
 def _sizes(problem: Problem) -> str:

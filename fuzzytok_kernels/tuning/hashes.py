@@ -20,6 +20,7 @@ _RANGES: dict[str, Any] = {
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": range(1, 9),
     "programs_per_sm": range(1, 33),
+    "TAPS": (1, 2, 3),
 }
 
 

@@ -1,32 +1,45 @@
 """What a config is chosen for."""
 
+import math
 from typing import NamedTuple
+
+from fuzzytok_kernels.reference import ACTIVATIONS, GATES
 
 DTYPES = ("bf16", "fp16", "tf32", "fp32")  # "fp32" where PyTorch's switches ask for strict fp32, else "tf32"
 LAYOUTS = ("last", "first")
+EPILOGUES = ("none", "residual", *(name for name in ACTIVATIONS if name != "none"))  # a fused op's are tuned with a residual
 
 
 class Problem(NamedTuple):
-    """One problem of one op. The first four fields match exactly, the others by distance; dilation is no field, for it costs nothing."""
+    """One problem of one op; dilation is no field, for it costs nothing."""
 
     op: str  # the name under torch.ops.fuzzytok
     dtype: str  # of DTYPES
     layout: str  # of LAYOUTS: how the op's first argument lies in memory
     aligned: bool  # whether descriptors can read it: the hardware has them and rows are multiples of 16 bytes
+    epilogue: str  # of EPILOGUES
     kernel_size: int
     c_in: int
-    c_out: int
+    c_out: int  # of the weight: for a gate twice the channels of the result
     steps: int  # B*T, rounded up to a power of two, so that a training run with changing T stays with one config
 
     @property
-    def kind(self) -> tuple:
-        """The fields that match exactly."""
-        return self[:4]
+    def kind(self) -> dict[str, str]:
+        """What must match for a config of one problem to serve another, by field: dtype up to its size, the epilogue up to its sort."""
+        dtype = "16 bits" if self.dtype in ("bf16", "fp16") else self.dtype
+        sort = self.epilogue if self.epilogue in ("none", "residual") else "a gate" if self.epilogue in GATES else "an activation"
+        return {"op": self.op, "dtype": dtype, "epilogue": sort}
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The fields that match by distance. K is among them: a config chosen for another K is far better than the default."""
-        return self[4:]
+        return self[5:]
+
+
+def distance(a: Problem, b: Problem) -> float:
+    """How many doublings lie between the sizes of two problems of a kind; each other field that differs counts as half of one."""
+    others = sum(x != y for x, y in zip(a[:5], b[:5], strict=True))
+    return math.hypot(*(math.log2(x / y) for x, y in zip(a.sizes, b.sizes, strict=True)), 0.5 * others)
 
 
 def rounded_steps(steps: int) -> int:

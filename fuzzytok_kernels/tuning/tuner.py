@@ -25,7 +25,7 @@ from fuzzytok_kernels.tuning.space import candidates, default_config
 from fuzzytok_kernels.tuning.store import Entry, merge, path_of, read
 from fuzzytok_kernels.tuning.worker import Worker, WorkerError
 
-MOST, MOST_QUICK = 14, 4  # candidates a problem
+MOST, MOST_QUICK = 10, 4  # candidates a problem
 LEAST_GAIN = 0.98  # a winner takes at most this share of the default's time; less is noise
 _MEASURED = {"inputs": "fresh random, rotating over 192 MB, at most 32 sets", "timer": "median of CUDA graph replays"}
 

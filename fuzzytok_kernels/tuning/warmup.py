@@ -16,32 +16,52 @@ from fuzzytok_kernels.tuning import Problem, record_problems, rounded_steps
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.lookup import user_folder
 from fuzzytok_kernels.tuning.measure import Job
-from fuzzytok_kernels.tuning.space import OPS
+from fuzzytok_kernels.tuning.problem import LAYOUTS
 from fuzzytok_kernels.tuning.tuner import MOST, MOST_QUICK, job_of, tune
 
 # B, T, C_in, C_out, K: the paper's four sizes, long ones, narrow and wide channels, other kernel sizes.
 _COMMON = ((8, 256, 256, 256, 3), (32, 2048, 256, 256, 3))
-_HALF = (*_COMMON, (32, 1024, 256, 256, 3), (32, 2048, 512, 512, 3), (64, 4096, 128, 128, 3), (32, 2048, 64, 64, 3),
+_MORE = (*_COMMON, (32, 1024, 256, 256, 3), (32, 2048, 512, 512, 3), (64, 4096, 128, 128, 3), (32, 2048, 64, 64, 3),
          (32, 2048, 250, 250, 3), (8, 256, 60, 60, 3))  # fmt: skip  # the last two have rows that descriptors cannot read
-_BF16 = (
-    *_HALF, (1, 128, 256, 256, 3), (16, 512, 256, 256, 3), (8, 8192, 1024, 1024, 3), (8, 256, 64, 64, 3), (8, 512, 512, 512, 3),
+_MOST = (
+    *_MORE, (1, 128, 256, 256, 3), (16, 512, 256, 256, 3), (8, 8192, 1024, 1024, 3), (8, 256, 64, 64, 3), (8, 512, 512, 512, 3),
     (8, 512, 1024, 1024, 3), (32, 1024, 128, 128, 3), (32, 2048, 128, 256, 3), (32, 2048, 256, 128, 3), (32, 2048, 256, 256, 2),
     (8, 512, 256, 256, 2), (32, 2048, 256, 256, 5), (16, 1000, 320, 192, 5), (8, 256, 256, 256, 5), (16, 2048, 512, 512, 7),
     (32, 2048, 256, 256, 1), (8, 256, 256, 256, 1), (8, 8192, 1, 64, 3), (32, 2048, 16, 16, 3),
+    # Unlike channels and few steps: what is not stored is served by the configs that are, so these should be many.
+    (4, 128, 128, 128, 3), (8, 256, 128, 512, 3), (8, 256, 512, 128, 3), (32, 2048, 64, 256, 3), (32, 2048, 256, 64, 3),
+    (4, 256, 64, 256, 1), (16, 512, 512, 64, 5), (4, 256, 1024, 64, 3), (4, 256, 64, 1024, 3), (16, 2048, 96, 96, 5),
+    (16, 2048, 384, 384, 3), (4, 1024, 768, 768, 3), (2, 256, 96, 160, 4), (16, 512, 160, 96, 2), (4, 512, 704, 112, 5),
 )  # fmt: skip
-_DEFAULT = {("bf16", "last"): _BF16, ("fp16", "last"): _HALF, ("tf32", "last"): _COMMON, ("fp32", "last"): _COMMON}
-_DEFAULT |= {("bf16", "first"): _HALF, ("fp16", "first"): _COMMON, ("tf32", "first"): _COMMON, ("fp32", "first"): _COMMON}
+_BLOCKS = (*_COMMON, (1, 128, 256, 256, 3), (16, 512, 256, 256, 3), (32, 1024, 256, 256, 3), (32, 2048, 512, 512, 3),
+           (64, 4096, 128, 128, 3), (8, 512, 512, 512, 3), (8, 8192, 1024, 1024, 3), (8, 256, 128, 512, 3),
+           (8, 256, 512, 128, 3), (4, 128, 128, 128, 3), (32, 2048, 256, 64, 3))  # fmt: skip
+_GATED = ((8, 256, 256, 512, 3), (32, 2048, 256, 512, 3))
+
+_PLAIN = ("causal_conv1d", "causal_conv1d_input_grad", "causal_conv1d_weight_grad")
+_BLOCK = ("causal_conv1d_fused", "causal_conv1d_activation_grad")
+_DEFAULT: tuple[tuple[str, str, tuple[str, ...], str, tuple], ...] = (  # dtype, layout, ops, epilogue, shapes
+    ("bf16", "last", _PLAIN, "none", _MOST),
+    ("bf16", "first", _PLAIN, "none", _MORE),
+    ("fp16", "last", _PLAIN, "none", _COMMON),
+    *((dtype, layout, _PLAIN, "none", _COMMON) for dtype in ("tf32", "fp32") for layout in LAYOUTS),
+    ("bf16", "last", ("causal_conv1d_input_grad",), "residual", _BLOCKS),
+    ("bf16", "last", _BLOCK, "gelu", _BLOCKS),
+    *(("bf16", "last", _BLOCK, epilogue, _COMMON) for epilogue in ("relu", "silu", "gelu_tanh")),
+    *(("bf16", "last", _BLOCK, epilogue, _GATED) for epilogue in ("glu", "tanh_sigmoid")),
+    *((dtype, layout, _BLOCK, "gelu", _COMMON) for dtype, layout in (("bf16", "first"), ("tf32", "last"), ("fp32", "last"))),
+)
 
 
 def default_jobs(descriptors: bool) -> list[Job]:
     """The list that a warm-up without arguments tunes, for a GPU with or without descriptors."""
     jobs = []
-    for (dtype, layout), shapes in _DEFAULT.items():
+    for dtype, layout, ops, epilogue, shapes in _DEFAULT:
         row = 16 // (2 if dtype in ("fp16", "bf16") else 4)
-        for op in OPS:
+        for op in ops:
             for B, T, c_in, c_out, K in shapes:
                 aligned = descriptors and c_in % row == 0 and c_out % row == 0
-                jobs.append(Job(Problem(op, dtype, layout, aligned, K, c_in, c_out, rounded_steps(B * T)), B, T, dilation=2))
+                jobs.append(Job(Problem(op, dtype, layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T)), B, T, dilation=2))
     return jobs
 
 

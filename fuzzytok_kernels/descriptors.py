@@ -1,0 +1,90 @@
+"""What a plan knows of a tensor, and the descriptors that the TMA kernels read and write through."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fuzzytok_kernels.kernels.transpose import channels_last_kernel
+from fuzzytok_kernels.program import Kernel, cdiv
+
+
+class Traits(NamedTuple):
+    """All that a plan, and a check, needs to know of a tensor."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool  # to 16 bytes
+
+
+def traits(x: Tensor) -> Traits:
+    return Traits(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+
+def rows(x: Traits, block_t: int, block_c: int) -> Callable[[Tensor], TensorDescriptor]:
+    """Makes the descriptor of [B, T, C] of an x (B, C, T), copied to channels-last first if it does not lie so already.
+
+    The copy takes 24 us for (32, 256, 2048) in bf16 on an H100, where PyTorch's own takes 114.
+    """
+    (B, channels, T), (stride_b, stride_c, stride_t) = x.shape, x.strides
+    shape, block = [B, T, channels], [1, block_t, block_c]
+    if _describable(x, stride_b, stride_t, stride_c):
+        strides = [stride_b, stride_t, 1]
+        return lambda x: TensorDescriptor(x, shape, strides, block)
+    copy = Kernel(channels_last_kernel, B * cdiv(T, 64) * cdiv(channels, 64), (64, 64))
+
+    def copied(x: Tensor) -> TensorDescriptor:
+        rows = x.new_empty(shape)
+        copy(x, rows, T, channels, stride_b, stride_c, stride_t)
+        return TensorDescriptor(rows, shape, [T * channels, channels, 1], block)
+
+    return copied
+
+
+def rows_or_columns(x: Traits, block_t: int, block_c: int) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
+    """Makes the descriptor of [B, T, C] of an x (B, C, T), or of [B, C, T] where it lies so and T is aligned; says whether it is the first.
+
+    For a tensor that is not shifted in time: a shift by less than 16 bytes along the last axis is an illegal instruction on an H100.
+    """
+    (B, channels, T), (stride_b, stride_c, stride_t) = x.shape, x.strides
+    if not _describable(x, stride_b, stride_t, stride_c) and _describable(x, stride_b, stride_c, stride_t):
+        return lambda x: TensorDescriptor(x, [B, channels, T], [stride_b, stride_c, 1], [1, block_c, block_t]), False
+    return rows(x, block_t, block_c), True
+
+
+def taps(weight: Traits, axes: tuple, parts: int, block_in: int, block_out: int) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
+    """Makes the descriptor of a weight that `axes` turn into (K, C_out, C_in): [K, parts, C_out/parts, C_in], or [K, C_in, C_out].
+
+    The second for a weight that lies so, and of one part; says whether it is the first. A weight that lies in neither way is copied.
+    """
+    K, c_out, c_in = (weight.shape[axis] for axis in axes)
+    stride_k, stride_out, stride_in = (weight.strides[axis] for axis in axes)
+    shape, block = [K, parts, c_out // parts, c_in], [1, parts, block_out // parts, block_in]
+    if _describable(weight, stride_k, stride_out, stride_in):
+        strides = [stride_k, c_out // parts * stride_out, stride_out, 1]
+        return lambda weight: TensorDescriptor(weight, shape, strides, block), True
+    # The tensor cores take 32-bit operands only with the summed axis last.
+    if parts == 1 and weight.dtype.itemsize == 2 and _describable(weight, stride_k, stride_in, stride_out):
+        turned = [1, block_in, block_out]
+        return lambda weight: TensorDescriptor(weight, [K, c_in, c_out], [stride_k, stride_in, 1], turned), False
+
+    def copied(weight: Tensor) -> TensorDescriptor:
+        taps = weight.permute(axes).clone(memory_format=torch.contiguous_format)
+        return TensorDescriptor(taps, shape, [c_out * c_in, c_out // parts * c_in, c_in, 1], block)
+
+    return copied, True
+
+
+def as_it_is(x: Any) -> Any:
+    """A tensor for the kernels on pointers."""
+    return x
+
+
+def _describable(x: Traits, *strides: int) -> bool:
+    row = 16 // x.dtype.itemsize
+    *outer, inner = strides
+    return x.aligned and inner == 1 and all(stride > 0 and stride % row == 0 for stride in outer)

@@ -1,0 +1,246 @@
+"""`bench.model` on small sizes: its models and blocks agree, its bars and report say what the figures say. No times are asserted."""
+
+import copy
+import json
+
+import pytest
+import torch
+from modes import DEVICE, HALF, ON_CUDA, needs_cuda, not_interpreted
+
+from bench import model
+from bench.grid import Shape
+from bench.measure import Call
+from bench.model import FORMS, Batch, Form, Step
+from bench.rivals import draw
+from fuzzytok_kernels import ResidualCausalBlock
+
+TINY = Shape(2, 37, 16, 16, 3, 4)
+FORM_NAMES = [name for name, form in FORMS.items() if form.options is None]
+
+
+@pytest.fixture
+def ours():
+    return model.Model(16, 4).to(DEVICE)
+
+
+@pytest.fixture
+def batch():
+    return Batch.draw(2, 40)
+
+
+def figures_of(sections: dict) -> dict:
+    return {"date": "2000-01-01", "gpu": "Pretended GPU", "versions": {"torch": "0", "CUDA": None}, "seconds": {}, "sections": sections}
+
+
+def good() -> dict:
+    """Sections with which every bar is met."""
+    block = {"plain, 256 output channels": {"us": 40.0, "ratio": 1.0}}
+    block |= {name: {"us": 40.0 * limit, "ratio": limit} for name, limit in model.FORWARD_BARS.items()}
+    rows = {name: {"error": 1e-3, "eager_ms": 15.0, "graph_ms": 10.0, "peak_mib": 700.0} for name in FORMS}
+    rows["ours"] |= {"eager_ms": 3.0, "graph_ms": 2.0, "peak_mib": 430.0}
+    return {
+        "block": block,
+        "backward": {"ours": {"us": 100.0, "ratio": 1.0}, "one": {"us": 230.0, "ratio": 2.3}, "other": {"failed": "Error: no"}},
+        "model": {f"{B}x{T}": copy.deepcopy(rows) for B, T in model.BATCHES},
+        "depth": {
+            "best": "the best",
+            "peaks": {str(depth): {name: {"mib": 99.0 * depth} for name in ("ours", "best")} for depth in model.DEPTHS},
+        },
+        "saved": {"ours": 1, "F.conv1d + F.pad": 2},
+        "rule": {"768": {"recomputed": {"us": 1.0, "ratio": 1.0}, "stored": {"us": 1.1, "ratio": 1.1}}},
+    }
+
+
+def verdicts(sections: dict) -> dict[str, str]:
+    return {bar.what: bar.verdict for bar in model.judge(sections)}
+
+
+# ---- the rivals
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", FORM_NAMES)
+def test_models_agree(name, ours, batch):
+    steps = [Step(FORMS[form], ours, batch) for form in ("ours", name)]
+    for step in steps:
+        step()
+    wanted, found = (step.results() for step in steps)
+    assert len(wanted) == 1 + 3 + 2 * 4 + 2
+    assert model.check(found, wanted, model.bounds(wanted)) < model.GRADIENT_BOUND
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", FORM_NAMES)
+def test_models_agree_in_fp32(name, ours, batch, strict):
+    losses = []
+    for form in (FORMS["ours"], FORMS[name]._replace(stream=None)):
+        losses.append(form.build(ours)(*batch))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+
+
+@not_interpreted
+def test_a_wrong_model_is_refused(ours, batch):
+    class Unflipped(model.Conv1dResidual):
+        def __init__(self, conv, stream):
+            super().__init__(conv, stream)
+            self.conv.weight = torch.nn.Parameter(conv.weight.detach().clone())
+
+    first = Step(FORMS["ours"], ours, batch)
+    first()
+    with pytest.raises(model.WrongResultError, match="weight"):
+        model._form(Form("wrong", Unflipped), ours, batch, first.results())
+
+
+@not_interpreted
+@pytest.mark.parametrize("block", [None, model.Conv1dResidual, model.Conv2dResidual])
+def test_models_compile_in_one_graph(block, ours, batch):
+    step, plain = (Step(Form("", block, options), ours, batch) for options in ({"backend": "aot_eager"}, None))
+    step()
+    plain()
+    model.check(step.results(), plain.results(), model.bounds(plain.results()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        model.OurBlock,
+        model.Recomputed,
+        model.Stored,
+        model.Conv1dBlock,
+        model.Conv2dTrimBlock,
+        model.Conv2dPadBlock,
+        pytest.param(lambda shape: model.CompiledBlock(model.Conv2dPadBlock(shape), backend="aot_eager"), id="compiled"),
+    ],
+)
+def test_blocks_are_right(make):
+    data = [draw(TINY, HALF, "last", DEVICE) for _ in range(2)]
+    for op in ("forward", "forward_backward"):
+        calls = model.prepared(make(TINY), op, data, model._results(model.Exact(TINY), op, data[0]))
+        assert len(calls) >= model.CALLS
+
+
+@pytest.mark.parametrize("activation", [*model.FORWARD_BARS, *model.reference.GATES])
+def test_forwards_are_right(activation):
+    shape = TINY._replace(c_out=32) if activation in model.reference.GATES else TINY
+    data = [draw(shape, HALF, "last", DEVICE)]
+    model.prepared(model.OurBlock(shape, activation), "forward", data, model._results(model.Exact(shape, activation), "forward", data[0]))
+
+
+def test_a_wrong_block_is_refused():
+    data = [draw(TINY, HALF, "last", DEVICE)]
+    with pytest.raises(model.WrongResultError, match="'y'"):
+        model.prepared(model.OurBlock(TINY, "relu"), "forward", data, model._results(model.Exact(TINY), "forward", data[0]))
+
+
+def test_kernels_are_those_of_the_sections():
+    assert list(model.kernels(["saved"])) == []
+    assert {type(rival) for rival, _ in model.kernels(["rule"])} == {model.Recomputed, model.Stored}
+    for rival, op in model.kernels(model.MEASURES):
+        call = Call(
+            type(rival)(TINY, *([rival.activation] if isinstance(rival, model.OurBlock) else [])), op, draw(TINY, HALF, "last", DEVICE)
+        )
+        assert call.op
+
+
+def test_a_block_saves_its_input_alone():
+    block = ResidualCausalBlock(16, 3, 4).to(DEVICE)
+    x = torch.randn(4, 200, 16, device=DEVICE).mT.requires_grad_()
+    assert model.saved_tensors(block, x) == 1
+    assert model.saved_tensors(model.Conv1dResidual(block.conv), x) >= 2
+    assert model.saved_tensors(torch.nn.Identity(), x.detach()) == 0
+
+
+# ---- bars and report
+
+
+def test_bars_are_met():
+    assert set(verdicts(good()).values()) == {"met", ""}
+    assert verdicts({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "what"),
+    [
+        (("block", "gelu", "ratio"), 1.46, "block forward / plain op, gelu"),
+        (("backward", "one", "ratio"), 2.1, "block forward + backward, times faster than the best compiled"),
+        (
+            ("model", "32x2048", "conv2d_searched", "graph_ms"),
+            3.5,
+            "model step, times faster than the best compiled, CUDA graph against CUDA graph",
+        ),
+        (
+            ("model", "32x2048", "conv1d_compiled", "eager_ms"),
+            5.3,
+            "model step, times faster than the best compiled, launched against launched",
+        ),
+        (
+            ("model", "32x2048", "conv1d_bf16", "graph_ms"),
+            9.9,
+            "model step, times faster than eager F.conv1d, CUDA graph against CUDA graph",
+        ),
+        (("model", "32x2048", "conv2d", "peak_mib"), 600.0, "model step, peak memory / the best PyTorch form's"),
+        (("saved", "ours"), 2, "tensors of the input's size that a block saves"),
+    ],
+)
+def test_a_bar_is_missed(path, value, what):
+    sections = good()
+    *outer, last = path
+    at = sections
+    for key in outer:
+        at = at[key]
+    at[last] = value
+    assert [name for name, verdict in verdicts(sections).items() if verdict == "missed"] == [what]
+
+
+def test_a_failed_rival_is_no_met_bar():
+    sections = good()
+    sections["block"]["gelu"] = sections["backward"]["one"] = {"failed": "Error: no"}
+    sections["model"]["32x2048"] |= {name: {"failed": "Error: no"} for name in model.COMPILED}
+    incomplete = [name for name, verdict in verdicts(sections).items() if verdict == "incomplete"]
+    assert len(incomplete) == 4
+    assert "Error: no" in model.render(figures_of(sections))
+
+
+def test_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    sections = good()
+    del sections["model"]["16x1024"]["conv1d"]["graph_ms"]
+    sections["model"]["16x1024"]["conv1d"]["graph_failed"] = "RuntimeError: capture"
+    sections["rule"] = {"failed": "RuntimeError: all of it"}
+    text = model.write(figures_of(sections), tmp_path)
+    assert (tmp_path / "model.md").read_text() == text
+    assert json.loads((tmp_path / "model.json").read_text())["sections"] == sections
+    assert (tmp_path / "model_memory.png").stat().st_size > 10_000
+    assert "the paper claims 38.1%" in text
+    assert "| RuntimeError: capture |" in text
+    assert "rule: RuntimeError: all of it" in text
+    for line in text.splitlines():  # every table is whole
+        assert not line.startswith("|") or line.endswith("|")
+    tables = [table.splitlines() for table in text.split("\n\n") if table.startswith("|")]
+    assert len(tables) == 7
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+@pytest.mark.skipif(ON_CUDA, reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="a GPU, and there is none"):
+        model.main([])
+
+
+def test_sections_are_chosen(capsys):
+    assert model._sections("rule,block") == ["block", "rule"]
+    with pytest.raises(SystemExit):
+        model.main(["--only", "blocks"])
+    assert "blocks: expected some of block," in capsys.readouterr().err
+
+
+@needs_cuda
+def test_a_step_is_measured(ours, batch):
+    first = Step(FORMS["ours"], ours, batch)
+    first()
+    figures = model._form(FORMS["ours"], ours, batch, first.results())
+    assert figures["eager_ms"] > 0
+    assert figures["graph_ms"] > 0
+    assert figures["peak_mib"] > 0
