@@ -47,6 +47,7 @@ SHAPES = {
 LARGE = Problem(B=1, c_in=16, c_out=136, T=133, K=2, d=4)  # several blocks of time and of channels
 MIDDLE = Problem(B=2, c_in=16, c_out=16, T=19, K=3, d=4)
 SQUARE = Problem(B=2, c_in=8, c_out=8, T=11, K=3, d=2)
+RECOMPUTED = Problem(B=2, c_in=32, c_out=32, T=37, K=3, d=2)  # enough sums that PyTorch's largest error is not small by luck
 TINY = Problem(B=2, c_in=2, c_out=2, T=4, K=2, d=2)
 RECOMPUTED, STORED = (Problem(B=2, c_in=32, c_out=32, T=9, K=K, d=1) for K in (63, 64))  # C_in * K below 2,048, and at it
 
@@ -55,7 +56,7 @@ of_each_kind = pytest.mark.parametrize("activation", ["gelu", "glu"])
 each_layout = pytest.mark.parametrize("layout", BOTH)
 stored_too = pytest.mark.parametrize(
     "problem",
-    [SQUARE, pytest.param(STORED, marks=interpreter_cannot("the plain op and PyTorch's functions, which the plain run covers"))],
+    [RECOMPUTED, pytest.param(STORED, marks=interpreter_cannot("the plain op and PyTorch's functions, which the plain run covers"))],
     ids=["recomputed", "stored"],
 )
 each_residual = pytest.mark.parametrize("residual", RESIDUALS)
