@@ -47,7 +47,7 @@ SHAPES = {
 LARGE = Problem(B=1, c_in=16, c_out=136, T=133, K=2, d=4)  # several blocks of time and of channels
 MIDDLE = Problem(B=2, c_in=16, c_out=16, T=19, K=3, d=4)
 SQUARE = Problem(B=2, c_in=8, c_out=8, T=11, K=3, d=2)
-RECOMPUTED = Problem(B=2, c_in=32, c_out=32, T=37, K=3, d=2)  # enough sums that PyTorch's largest error is not small by luck
+RECOMPUTED = Problem(B=2, c_in=16, c_out=16, T=67, K=3, d=2)  # enough sums that PyTorch's largest error is not small by luck
 TINY = Problem(B=2, c_in=2, c_out=2, T=4, K=2, d=2)
 RECOMPUTED, STORED = (Problem(B=2, c_in=32, c_out=32, T=9, K=K, d=1) for K in (63, 64))  # C_in * K below 2,048, and at it
 
@@ -137,11 +137,14 @@ def assert_accurate(op, args: tuple, compose) -> Tensor:
 
 
 def assert_within_the_rule(got: dict, want: dict, torchs: dict) -> None:
-    """The error rule of oracle.py: at most twice PyTorch's error and eight units of the accumulator's precision."""
+    """The error rule of oracle.py: at most twice PyTorch's error and eight units of the accumulator's precision.
+
+    In fp64 `want` is PyTorch's own result, so that its error counts as none and both sides' rounding as ours: 64 units there.
+    """
     for name, value in want.items():
         dtype = torchs[name].dtype
         assert (got[name].shape, got[name].dtype) == (value.shape, dtype), name
-        precision = 8 * torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+        precision = 64 * torch.finfo(dtype).eps if dtype == torch.float64 else 8 * torch.finfo(torch.float32).eps
         for norm in (float("inf"), 2):
             error, torch_error, size = (_norm(v, norm) for v in (got[name].double() - value, torchs[name].double() - value, value))
             assert error <= 2 * torch_error + precision * size, f"{name}: {norm}-norm {error:.3g}, PyTorch's {torch_error:.3g}"
@@ -261,8 +264,9 @@ def test_layout_where_gradients_are_wanted(layout, extra, activation, problem, d
 
 @each_activation
 def test_far_from_zero(activation, strict_dtype, device, path):
-    """Where exponentials overflow: saturated, never NaN."""
+    """Where exponentials overflow: saturated, never NaN. On integers, so that neither convolution errs: a gate would magnify it."""
     inputs = make_inputs(MIDDLE, activation, strict_dtype, device, scale=1000.0)
+    inputs = inputs._replace(x=inputs.x.round(), weight=(4 * inputs.weight).round(), bias=inputs.bias.round())
     assert_accurate(FUSED, inputs.forward, composed)
     assert_accurate(ACTIVATION_GRAD, inputs.backward, composed_grad)
 
