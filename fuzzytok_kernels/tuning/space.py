@@ -161,7 +161,7 @@ def _suits(config: Config, problem: Problem) -> bool:
         return False
     if problem.kernel_size < config.TAPS:
         return False
-    if problem.layout == "first" and problem.epilogue != "none" and config.BLOCK_T * config.BLOCK_C_OUT > 64 * 32 * config.num_warps:
+    if problem.layout == "first" and problem.epilogue != "none" and 64 * 32 * config.num_warps < config.BLOCK_T * config.BLOCK_C_OUT:
         return False  # pointers to what the epilogue reads, beside 128 sums a thread, spill registers
     summed, produced = channels(problem)
     return _block(summed, 256) >= config.BLOCK_C_IN and _block(produced, 256) >= config.BLOCK_C_OUT
