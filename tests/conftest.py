@@ -56,3 +56,26 @@ def path(request):
 
     with tuning.force(path=request.param):
         yield request.param
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Folders of tuning files for a GPU that is not there, empty; by `predicted` all configs are alike, so that the nearest serves."""
+    from places import GPU, Places
+
+    from fuzzytok_kernels import tuning
+    from fuzzytok_kernels.tuning import lookup
+    from fuzzytok_kernels.tuning.gpu import Gpu
+
+    found = Places(tmp_path)
+    monkeypatch.setenv("FUZZYTOK_TUNING_DIR", str(found.own))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("FUZZYTOK_AUTOTUNE", raising=False)
+    monkeypatch.setattr(lookup, "shipped_folder", lambda: found.shipped)
+    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: GPU if device >= 0 else None))
+    monkeypatch.setattr(lookup, "_warned", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(lookup, "predicted", lambda problem, config, multiprocessors: 1.0)
+    tuning.forget()
+    yield found
+    tuning.forget()

@@ -1,9 +1,7 @@
 """Which config a problem gets, in which order it is looked for, and that looking never raises, never repeats itself, never touches CUDA."""
 
 import argparse
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,58 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from modes import DEVICE, needs_kernels, run_python
+from places import CONFIG, GENERIC, GPU, OP, PROBLEM, SIBLING, stages
 
 import fuzzytok_kernels
 from fuzzytok_kernels import tuning
-from fuzzytok_kernels.cli import main
-from fuzzytok_kernels.tuning import Config, Problem, get_config, hashes, lookup, space, store
+from fuzzytok_kernels.tuning import Config, Problem, get_config, lookup, space, store
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.space import OPS, default_config
-from fuzzytok_kernels.tuning.store import Entry, merge
-
-GPU = Gpu("Fake GPU 9000", "sm90", 132, 232448)
-SIBLING = Gpu("Fake GPU 9000 Ti", "sm90", 144, 232448)
-GENERIC = Gpu("generic", "sm90", 1, 232448)
-OP = "causal_conv1d"
-PROBLEM = Problem(OP, "bf16", "last", True, "none", 3, 256, 256, 65536)
-CONFIG = Config("tma", 128, 64, 128, 4, 3, 2)
-
-
-class Places:
-    """The folders of the look-up, empty, for a GPU that is not there."""
-
-    def __init__(self, root: Path) -> None:
-        self.own, self.cache, self.shipped = root / "own", root / "xdg" / "fuzzytok_kernels" / "tuning", root / "shipped"
-
-    def put(self, folder: Path, stages: int, gpu: Gpu = GPU, problem: Problem = PROBLEM, **fields) -> Path:
-        """Store a config that is told by its `num_stages`."""
-        return merge(folder, gpu, problem.op, [Entry(problem, CONFIG._replace(num_stages=stages), shared=98304)._replace(**fields)], {})
-
-
-@pytest.fixture
-def places(tmp_path, monkeypatch) -> Places:
-    found = Places(tmp_path)
-    monkeypatch.setenv("FUZZYTOK_TUNING_DIR", str(found.own))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.delenv("FUZZYTOK_AUTOTUNE", raising=False)
-    monkeypatch.setattr(lookup, "shipped_folder", lambda: found.shipped)
-    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: GPU if device >= 0 else None))
-    monkeypatch.setattr(lookup, "_warned", set())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(lookup, "predicted", lambda problem, config, multiprocessors: 1.0)  # the nearest serves, not the fastest
-    tuning.forget()
-    yield found
-    tuning.forget()
-
-
-def stages(problem: Problem = PROBLEM, device: int = 0) -> int:
-    """The `num_stages` that `problem` gets in a process that has not looked before; silent."""
-    tuning.forget()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return get_config(device, problem).num_stages
-
 
 # ---- order
 
@@ -378,88 +332,6 @@ def test_autotune_that_fails_is_a_warning(places, tuned, monkeypatch):
     places.put(places.own, 1)
     with pytest.warns(UserWarning, match="could not tune .*read-only"):
         assert get_config(0, PROBLEM._replace(c_in=264)).num_stages == 1
-
-
-# ---- explain and info
-
-SHAPE = ["--op", OP, "--shape", "32,2048,256,256,3"]
-
-
-def explained(capsys, *arguments: str) -> str:
-    assert main(["explain", *SHAPE, *arguments]) == 0
-    return capsys.readouterr().out
-
-
-def test_explain_what_serves(places, capsys):
-    path = places.put(places.cache, 2, problem=PROBLEM._replace(c_in=128), time_us=41.7, default_us=45.0)
-    text = explained(capsys)
-    assert re.search(
-        rf"served by +{re.escape(str(path))}\nentry +K=3 C_in=128 C_out=256 B\*T=65536\nits time .*\nconfig .*num_stages=2", text
-    )
-    assert "41.7 us, the default's 45.0 us" in text
-    assert "nearest K=3 C_in=128 C_out=256 B*T=65536: 1.00 doublings away" in text
-    assert "no such file" in text
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "versions": {**content["versions"], "triton": "3.0.0"}}))
-    assert "version   triton was 3.0.0, is " in explained(capsys)
-    path.write_text(json.dumps({**content, "versions": None}))
-    assert "version   torch was None, is " in explained(capsys)
-
-
-def test_explain_says_why_not_field_by_field(places, capsys):
-    content = json.loads(places.put(places.own, 1).read_text())
-    content |= {"kernel_hash": "old", "space_hash": "older"}
-    store.path_of(places.own, GPU, OP).write_text(json.dumps(content))
-    places.put(places.cache, 2, problem=PROBLEM._replace(dtype="tf32", epilogue="residual"))
-    places.put(places.shipped, 3).write_text("{")
-    places.put(places.shipped, 4, SIBLING, shared=1 << 30)
-    text = explained(capsys)
-    assert f"kernel_hash is 'old', expected '{hashes.kernel_hash(OP)}'" in text
-    assert f"space_hash is 'older', expected '{hashes.space_hash()}'" in text
-    assert "dtype is 'tf32', expected '16 bits'; epilogue is 'residual', expected 'none'" in text
-    assert "Expecting property name" in text
-    assert "shared memory is 1,073,741,824 bytes, expected at most 232,448" in text
-    assert "default config" in text
-    assert "to tune it  fuzzytok warmup --op causal_conv1d --shape 1,65536,256,256,3 --dtype bf16 --layout last --dilation 1" in text
-
-
-def test_explain_for_a_gpu_that_is_not_there(places, capsys, monkeypatch):
-    monkeypatch.setattr(Gpu, "current", staticmethod(lambda device: None))
-    places.put(places.shipped, 4, SIBLING)
-    ampere = CONFIG._replace(path="pointer", num_stages=5)
-    places.put(places.shipped, 5, GENERIC._replace(arch="sm80"), PROBLEM._replace(aligned=False), config=ampere)
-    assert "num_stages=4" in explained(capsys, "--gpu", SIBLING.name)
-    assert "num_stages=5" in explained(capsys, "--gpu", "sm80")
-    for arguments in (["--gpu", "Voodoo 2"], []):
-        with pytest.raises(SystemExit) as exit:
-            main(["explain", *SHAPE, *arguments])
-        assert exit.value.code == 2
-        error = capsys.readouterr().err
-        assert "known are: NVIDIA A100" in error
-        assert error.endswith("sm80, Fake GPU 9000 Ti\n")
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["--op", OP], ["--shape", "1,2,3,4,5"], [*SHAPE[:2], "--shape", "1,2,3"], [*SHAPE, "--dilation", "0"]], ids=str
-)
-def test_explain_refuses_half_a_problem(arguments, places, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["explain", *arguments])
-    assert exit.value.code != 0
-
-
-def test_info(places, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    places.put(places.own, 1), places.put(places.shipped, 4, SIBLING), places.put(places.shipped, 5, GENERIC)
-    assert main(["info"]) == 0
-    text = capsys.readouterr().out
-    assert "gpu 1      Fake GPU 9000 (sm90, 132 multiprocessors" in text
-    assert f"torch {torch.__version__}" in text
-    assert f"the user's cache: {places.cache} (does not exist)" in text
-    assert text.count("causal_conv1d: 1 of Fake GPU 9000, 1 of other sm90 GPUs, 1 defaults of sm90") == 1
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert main(["info"]) == 0
-    assert "gpu        none" in capsys.readouterr().out
 
 
 # ---- installed
