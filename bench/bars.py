@@ -112,16 +112,17 @@ def _dilation(run: Run) -> list[Bar]:
 
 def _mean(what: str, values: Mapping, sign: str, limit: float) -> Bar:
     mean = geometric_mean(_known(values).values())
-    return _judged(f"{what}, geometric mean", values, mean, "", sign, limit)
+    return judged(f"{what}, geometric mean", values, mean, "", sign, limit)
 
 
 def _worst(what: str, values: Mapping, sign: str, limit: float | None) -> Bar:
     known = _known(values)
     worst = (max if sign == "<=" else min)(known, key=lambda key: known[key], default=None)
-    return _judged(f"{what}, worst", values, known.get(worst), f" ({worst})", sign, limit)
+    return judged(f"{what}, worst", values, known.get(worst), f" ({worst})", sign, limit)
 
 
-def _judged(what: str, values: Mapping, value: float | None, where: str, sign: str, limit: float | None) -> Bar:
+def judged(what: str, values: Mapping, value: float | None, where: str, sign: str, limit: float | None) -> Bar:
+    """A bar whose `value` was made of `values`, None of which is a row that is missing; `where` says where it is from."""
     missing = len(values) - len(_known(values))
     measured = "not measured" if value is None else f"{value:.3f}{where}"
     if missing and value is not None:

@@ -24,6 +24,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32,
 _BOUNDS = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "fp32": 1e-4}
 
 
+class WrongResultError(ValueError):
+    """A result that no rounding explains: no speed is worth printing beside it."""
+
+
 class Data:
     """Copies of random inputs, and samples of what the first copy's results should be."""
 
@@ -39,12 +43,9 @@ class Data:
         return max(2, -(-timer.COLD_BYTES // least_bytes("forward", case.shape, ELEMENT_SIZES[case.dtype])))
 
     def error(self, results: Results) -> float:
-        """The largest relative error of `results`, the first copy's. ValueError if it is too large for a correct result, or NaN."""
-        errors = {name: _relative_error(self._sample(name, value), self._wanted[name]) for name, value in results.items()}
-        wrong = {name: error for name, error in errors.items() if not error <= _BOUNDS[self.dtype]}
-        if wrong:
-            raise ValueError(f"wrong results, relative errors {wrong}; at most {_BOUNDS[self.dtype]} is right in {self.dtype}")
-        return max(errors.values())
+        """The largest relative error of `results`, the first copy's. WrongResultError if it is too large."""
+        samples = {name: self._sample(name, value) for name, value in results.items()}
+        return checked(samples, {name: self._wanted[name] for name in results}, dict.fromkeys(results, _BOUNDS[self.dtype]))
 
     @functools.cached_property
     def _wanted(self) -> Results:
@@ -70,8 +71,13 @@ class Data:
         }[name]()
 
 
-def _relative_error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
+def checked(results: Results, wanted: Results, bounds: dict[str, float]) -> float:
+    """The largest relative error in the L2 norm. WrongResultError if one is above its bound, or NaN."""
+    errors = {name: float((results[name].double() - right.double()).norm() / right.double().norm()) for name, right in wanted.items()}
+    wrong = {name: f"{error:.1e}, at most {bounds[name]}" for name, error in errors.items() if not error <= bounds[name]}
+    if wrong:
+        raise WrongResultError(f"relative errors {wrong}")
+    return max(errors.values())
 
 
 class Call:
@@ -89,14 +95,19 @@ class Call:
         self.results = self.op(self.inputs)
 
 
+def rotation(copies: list[Call]) -> list[Call]:
+    """All copies in turn, at least CALLS."""
+    return copies * -(-CALLS // len(copies))
+
+
 class Calls:
-    """The calls of one row: all copies in turn, at least CALLS."""
+    """The calls of one row."""
 
     def __init__(self, case: Case, data: Data) -> None:
         self.data = data
         self.rival = RIVALS[case.rival](case.shape)
         self.copies = [Call(self.rival, case.op, inputs) for inputs in data.copies]
-        self.all = self.copies * -(-CALLS // len(self.copies))
+        self.all = rotation(self.copies)
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """Run once; the configs that our kernels ran with, by op. Empty for rivals, and where the reference computes."""
@@ -114,8 +125,8 @@ class Calls:
 class Round:
     """All calls once and a synchronisation: one replay of a captured graph on a GPU, a loop on the CPU. Keeps the times."""
 
-    def __init__(self, calls: Calls) -> None:
-        self.calls = calls.all
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls = calls
         self.graph = timer.capture(self.calls) if DEVICE == "cuda" else None
         self.milliseconds: list[float] = []
 

@@ -1,4 +1,4 @@
-"""The two pictures of a report."""
+"""The two pictures of a report, and what every picture has in common."""
 
 import math
 from collections.abc import Sequence
@@ -17,16 +17,13 @@ _SERIES = {  # label, colour, marker
 
 def draw(run: Run, folder: Path) -> list[Path]:
     """Draw what the run has the rows for, into `folder`; the files drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     return [path for path in (_roofline(run, folder / "roofline.png"), _lengths(run, folder / "tokens.png")) if path]
 
 
 def _roofline(run: Run, path: Path) -> Path | None:
     if not run.ceilings:
         return None
-    figure, axes = _axes(f"Forward in bf16 under the roofline of {run.gpu}")
+    figure, axes = blank(f"Forward in bf16 under the roofline of {run.gpu}")
     peak, bandwidth = run.ceilings["flops"] / 1e12, run.ceilings["bandwidth"] / 1e12
     intensities = [40, peak / bandwidth, 4000]
     axes.plot(intensities, [min(peak, bandwidth * each) for each in intensities], color="black", linewidth=1)
@@ -40,7 +37,7 @@ def _roofline(run: Run, path: Path) -> Path | None:
     key = "\n".join(f"{number}: {str(shape).replace('_', ' ')}" for number, shape in enumerate(GRID, 1))
     axes.text(0.4, 0.03, key, fontsize=7, transform=axes.transAxes)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte, at the fewest bytes", ylabel="TFLOP/s")
-    return _save(figure, axes, path, legend="lower right")
+    return save(figure, axes, path, legend="lower right")
 
 
 def _clusters(rows: Sequence[Row]) -> dict[tuple[float, float], list[str]]:
@@ -59,7 +56,7 @@ def _intensity(shape: Shape) -> float:
 
 def _lengths(run: Run, path: Path) -> Path | None:
     B, _, channels, _, K, d = LENGTHS[0]
-    figure, axes = _axes(f"Forward + backward in bf16 on {run.gpu}: B={B}, C={channels}, K={K}, d={d}")
+    figure, axes = blank(f"Forward + backward in bf16 on {run.gpu}: B={B}, C={channels}, K={K}, d={d}")
     for rival, (label, colour, marker) in _SERIES.items():
         rows = [row for shape in LENGTHS if (row := run.get("length", "forward_backward", rival, shape))]
         axes.plot([row.case.shape.T for row in rows], [row.tokens_per_s / 1e6 for row in rows], f"{marker}-", color=colour, label=label)
@@ -67,13 +64,17 @@ def _lengths(run: Run, path: Path) -> Path | None:
     axes.set_xscale("log", base=2)
     axes.set_xticks([shape.T for shape in LENGTHS], [str(shape.T) for shape in LENGTHS])
     return (
-        _save(figure, axes, path, legend="upper left")
+        save(figure, axes, path, legend="upper left")
         if any(run.get("length", "forward_backward", "ours", shape) for shape in LENGTHS)
         else None
     )
 
 
-def _axes(title: str) -> tuple[Any, Any]:
+def blank(title: str) -> tuple[Any, Any]:
+    """A figure and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
@@ -83,7 +84,8 @@ def _axes(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: Path, legend: str) -> Path:
+def save(figure: Any, axes: Any, path: Path, legend: str) -> Path:
+    """Into `path`, with a legend at that place; returns `path`."""
     from matplotlib import pyplot
 
     axes.legend(frameon=False, loc=legend)

@@ -1,10 +1,13 @@
 """Triton kernels compiled in several processes before the rows run one by one, so that a cold cache costs less time on the GPU."""
 
+import functools
 import multiprocessing
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import torch
 
@@ -15,14 +18,27 @@ def compile_kernels(cases: Sequence[Case]) -> None:
     """Run what of `cases` has Triton kernels of this repository once each, which leaves them in Triton's cache on disk."""
     wanted = list({_key(case): case for case in cases if _has_kernels(case)}.values())
     wanted.sort(key=lambda case: case.rival != "naive")  # the slowest to compile first
-    workers = min(8, len(wanted), os.cpu_count() or 1)
+    in_processes(_run_once, wanted)
+
+
+def in_processes(run: Callable[[Any], object], items: Sequence) -> None:
+    """`run(item)` of each, in several processes. What goes wrong is left for the timing itself to say."""
+    workers = min(8, len(items), os.cpu_count() or 1)
     if workers < 2:
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
-            list(pool.map(_run_once, wanted))
+            list(pool.map(functools.partial(_quietly, run), items))
         except BrokenProcessPool:
-            print("a compiling process died; the rows compile for themselves")
+            print("a compiling process died; what is timed compiles for itself", file=sys.stderr)
+
+
+def _quietly(run: Callable[[Any], object], item: Any) -> None:
+    try:
+        run(item)
+        torch.cuda.synchronize()
+    except Exception:  # the row itself will say so
+        return
 
 
 def _has_kernels(case: Case) -> bool:
@@ -42,9 +58,5 @@ def _run_once(case: Case) -> None:
     from bench.measure import Call, Data, switches
     from bench.rivals import RIVALS
 
-    try:
-        with switches(case):
-            Call(RIVALS[case.rival](case.shape), case.op, Data(case, 1).copies[0])()
-        torch.cuda.synchronize()
-    except Exception:  # the row itself will say so
-        return
+    with switches(case):
+        Call(RIVALS[case.rival](case.shape), case.op, Data(case, 1).copies[0])()

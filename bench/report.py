@@ -68,7 +68,7 @@ def _head(run: Run) -> str:
 
 
 def _bars(run: Run) -> str:
-    return "## The bars\n\n" + _table(("what", "bar", "measured", "verdict"), bars(run))
+    return "## The bars\n\n" + table(("what", "bar", "measured", "verdict"), bars(run))
 
 
 # ---- bf16, channels-last
@@ -93,7 +93,7 @@ def _figures(run: Run, section: str, op: str, shapes: Sequence[Shape]) -> str:
             share = "" if row.roofline_share is None else f"{row.roofline_share:.2f}"
             figures = (f"{row.microseconds:.1f}", f"{row.tokens_per_s / 1e6:.4g} M", f"{row.tflops:.3g}", f"{row.gb_per_s:.4g}")
             lines.append((str(shape), *figures, share, f"{row.error:.1e}"))
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _rivals(run: Run, section: str, op: str, shapes: Sequence[Shape], ours_in: str | None = None) -> str:
@@ -109,7 +109,7 @@ def _rivals(run: Run, section: str, op: str, shapes: Sequence[Shape], ours_in: s
     means = [geometric_mean(ratio for (_, name), ratio in ratios.items() if name == column) for column in columns]
     last = ("geometric mean of its ratios", "", *(f"{mean:.2f}x" if mean else "" for mean in means))
     header = ("us, and times ours", "ours", *(LABELS[name] for name in columns))
-    return _table(header, [*lines, last])
+    return table(header, [*lines, last])
 
 
 def _paper(run: Run) -> str:
@@ -118,7 +118,7 @@ def _paper(run: Run) -> str:
     for shape in PAPER_SHAPES:
         rows = [run.get("main", "forward", name, shape) for name in names]
         lines.append((str(shape), *(f"{row.tokens_per_s / 1e6:.4g} M" if row else "" for row in rows)))
-    return _table(("shape", *(LABELS[name] for name in names)), lines)
+    return table(("shape", *(LABELS[name] for name in names)), lines)
 
 
 # ---- the smaller sections
@@ -137,10 +137,10 @@ def _sections(run: Run) -> Iterator[str]:
     yield from _pair(run, "host", "Host: microseconds until an eager call returns", _rivals)
 
 
-def _pair(run: Run, section: str, title: str, table: Callable[..., str]) -> Iterator[str]:
+def _pair(run: Run, section: str, title: str, body: Callable[..., str]) -> Iterator[str]:
     for op in ("forward", "forward_backward"):
         if shapes := _shapes(run, section, op):
-            yield f"## {title}: {_TITLES[op].lower()}\n\n" + table(run, section, op, shapes)
+            yield f"## {title}: {_TITLES[op].lower()}\n\n" + body(run, section, op, shapes)
 
 
 def _beside_bf16(run: Run, section: str, op: str, shapes: Sequence[Shape]) -> str:
@@ -148,7 +148,7 @@ def _beside_bf16(run: Run, section: str, op: str, shapes: Sequence[Shape]) -> st
     for shape in shapes:
         half, bf16 = (run.time(name, op, "ours", shape) for name in (section, "main"))
         lines.append((str(shape), _microseconds(half), _microseconds(bf16), f"{half / bf16:.3f}" if half and bf16 else ""))
-    return _table(("shape", "us", "bf16's us", "ratio"), lines)
+    return table(("shape", "us", "bf16's us", "ratio"), lines)
 
 
 # ---- what hurts
@@ -162,8 +162,8 @@ def _slower(run: Run) -> str:
         ours = run.time(case.section, case.op, "ours", case.shape)
         if case.rival in (*PYTORCH_FORMS, *PAPER_FORMS, "gemm") and ours and row.microseconds < ours:
             lines.append((case.section, case.op, str(case.shape), LABELS[case.rival], f"{row.microseconds:.1f}", f"{ours:.1f}"))
-    table = _table(("section", "op", "shape", "which", "its us", "our us"), lines) if lines else "Nowhere."
-    return "## Where ours is slower than something\n\n" + table
+    slower = table(("section", "op", "shape", "which", "its us", "our us"), lines) if lines else "Nowhere."
+    return "## Where ours is slower than something\n\n" + slower
 
 
 def _missing(run: Run) -> str:
@@ -172,7 +172,7 @@ def _missing(run: Run) -> str:
     if not missing:
         return f"All {total} rows of the grid were measured."
     lines = [(*key, str(count)) for key, count in sorted(missing.items())]
-    return f"## Not measured\n\nDeselected or failed, of {total} rows:\n\n" + _table(("section", "op", "rival", "rows"), lines)
+    return f"## Not measured\n\nDeselected or failed, of {total} rows:\n\n" + table(("section", "op", "rival", "rows"), lines)
 
 
 # ---- tables
@@ -192,7 +192,8 @@ def _with_ratio(time: float | None, ratio: float | None) -> str:
     return _microseconds(time) + (f" ({ratio:.2f}x)" if ratio else "")
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
 
 

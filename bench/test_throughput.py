@@ -24,7 +24,7 @@ def test_throughput(case: Case, benchmark: Any, drawn: Callable[[Case], Data]) -
     with switches(case):
         calls = Calls(case, drawn(case))
         configs = calls.configs()
-        one_round = Round(calls)
+        one_round = Round(calls.all)
         one_round()
         error = calls.error()
         rounds = timer.rounds(one_round.milliseconds.pop(), BUDGET_MS)

@@ -144,7 +144,7 @@ def test_a_wrong_result_is_refused(name):
 def test_a_round_runs_every_copy():
     case = Case("main", "forward", "ours", TINY[0], dtype=FP32)
     calls = measure.Calls(case, measure.Data(case, 3))
-    one_round = measure.Round(calls)
+    one_round = measure.Round(calls.all)
     one_round()
     assert len(one_round.milliseconds) == 1
     assert all(call.results for call in calls.copies)
