@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.tuning import Problem, lookup, tuner
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.measure import Job
@@ -14,11 +15,6 @@ from fuzzytok_kernels.tuning.store import Entry
 from fuzzytok_kernels.tuning.worker import Worker
 
 PROBLEMS, SEED = 20, 7
-_EPILOGUES = {
-    "causal_conv1d_fused": ("relu", "silu", "gelu"),
-    "causal_conv1d_activation_grad": ("relu", "silu", "gelu"),
-    "causal_conv1d_input_grad": ("none", "residual"),
-}
 _LARGEST = 1 << 36  # C_in * C_out * B*T: 0.4 TFLOP at K = 3
 
 
@@ -54,7 +50,7 @@ def _jobs(draw: random.Random) -> Iterator[Job]:
         if c_in * c_out * steps <= _LARGEST:
             found += 1
             op = draw.choice(list(OPS))
-            epilogue = draw.choice(_EPILOGUES.get(op, ("none",)))
+            epilogue = draw.choice([name for name in OPS[op].epilogues if name not in GATES])
             yield tuner.job_of(Problem(op, dtype, layout, True, epilogue, draw.randint(1, 7), c_in, c_out, steps))
 
 

@@ -24,6 +24,7 @@ from fuzzytok_kernels.program import Kernel, cdiv, on
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.support import conv_switch, facts
 from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
+from fuzzytok_kernels.tuning.problem import describable
 from fuzzytok_kernels.tuning.space import default_config
 
 _plans = functools.lru_cache(maxsize=4096)  # for each op; a training run whose T changes makes one for every (B, T)
@@ -239,11 +240,7 @@ def _reduction(splits: int, weights: int, c_out: int) -> Kernel:
 
 def _problem(op: str, x: Traits, weight: Traits, dtype: str, dilation: int, epilogue: str = "none") -> Problem:
     (B, _, T), (c_out, c_in, K) = x.shape, weight.shape
-    row = 16 // x.dtype.itemsize
-    aligned = (
-        facts(x.device).descriptors and c_in % row == 0 and c_out % (2 * row if epilogue in GATES else row) == 0
-        and (K + 2) * min(dilation, T) + T < 2**31  # coordinates are 32-bit; a group of taps may reach two beyond the last
-    )  # fmt: skip
+    aligned = facts(x.device).descriptors and describable(c_in, c_out, K, epilogue, x.dtype.itemsize, T, dilation)
     layout = "last" if is_channels_last(x.strides) else "first"
     return Problem(op, dtype, layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T))
 

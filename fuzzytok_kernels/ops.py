@@ -207,7 +207,7 @@ class _CausalConv1dWeightGrad(_Function):
         return (torch.stack(grad_weights), torch.stack(grad_biases)), (0, 0)
 
 
-# ---- what the three share
+# ---- what they share
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from modes import HALF
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -378,3 +379,26 @@ def test_a_tokenizer_runs_one_fused_op_a_block(device):
         z.sum().backward()
     assert backward.ours() == {"_activation_grad": 3, "_input_grad": 3, "_weight_grad": 3}
     assert not {"aten::gelu_backward", "aten::add.Tensor"} & backward.counts.keys()
+
+
+def test_block_calls_its_convolution_as_a_module(device):
+    """So that hooks fire, and with them what lives on hooks: weight_norm's older form, pruning, profilers."""
+    block = ResidualCausalBlock(6, 3, activation="silu").to(device)
+    seen = []
+    block.conv.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    normed = torch.nn.utils.weight_norm(block.conv)
+    x = torch.randn(2, 6, 9, device=device)
+    before = block(x)
+    with torch.no_grad():
+        normed.weight_g.mul_(2)
+    assert not torch.equal(block(x), before)
+    assert seen == [(2, 6, 9)] * 2
+    for _ in range(2):
+        block(x).sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_block_has_one_dtype_under_autocast(dropout, device):
+    block, x = ResidualCausalBlock(8, 3, dropout=dropout).to(device), torch.randn(2, 8, 9, device=device)
+    with torch.autocast(device.type, dtype=HALF):
+        assert block.train()(x).dtype == block.eval()(x).dtype == HALF

@@ -88,6 +88,18 @@ def test_the_model_trusts_only_measured_gpus_beyond_their_file(places, monkeypat
     assert stages(PROBLEM._replace(steps=128)) == 4
 
 
+def test_a_config_of_another_problem_must_suit(places):
+    """Another dtype's pipeline may be too large, descriptors unable to read, three taps more than there are; then the default serves."""
+    places.put(places.own, 4, config=CONFIG._replace(BLOCK_C_OUT=256))
+    places.put(places.own, 4, problem=PROBLEM._replace(dtype="tf32"), config=CONFIG._replace(BLOCK_T=64))
+    tuning.forget()
+    odd, wide = PROBLEM._replace(aligned=False), PROBLEM._replace(dtype="tf32", c_out=512)
+    assert get_config(0, odd).path == "pointer"
+    for problem in (odd, wide, PROBLEM._replace(c_in=16, c_out=16)):
+        assert space.suits(get_config(0, problem), problem)
+        assert space.shared_memory(problem, get_config(0, problem)) <= GPU.shared_memory
+
+
 def test_config_of_a_sibling_must_fit(places):
     places.put(places.shipped, 4, SIBLING._replace(name="a large one"), shared=1 << 30)
     places.put(places.shipped, 5, SIBLING)
@@ -137,7 +149,7 @@ def test_broken_file_is_passed_over_with_one_warning(places):
     places.put(places.cache, 2)
     with pytest.warns(UserWarning, match="own") as caught:
         assert get_config(0, PROBLEM).num_stages == 2
-        assert get_config(0, PROBLEM._replace(c_in=8)).num_stages == 2
+        assert get_config(0, PROBLEM._replace(c_in=512)).num_stages == 2
     assert len(caught) == 1
 
 

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuzzytok_kernels.checks import check_activation
-from fuzzytok_kernels.functional import causal_conv1d
 from fuzzytok_kernels.layout import laid_out_as
 from fuzzytok_kernels.nn.conv import CausalConv1d
 from fuzzytok_kernels.reference import GATES
@@ -48,10 +47,11 @@ class ResidualCausalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, T) -> (B, channels, T)."""
-        conv, residual = self.conv, None if self.dropout and self.training else x
         h = x if isinstance(self.norm, nn.Identity) else self.norm(x.mT).mT  # (B, T, channels) and back: views
-        y = causal_conv1d(h, conv.weight, conv.bias, dilation=conv.dilation, activation=self.activation, residual=residual)
-        return laid_out_as(x, y if residual is not None else x + F.dropout(y, self.dropout))
+        if self.dropout and self.training:
+            y = self.conv(h, activation=self.activation)
+            return laid_out_as(x, x.to(y.dtype) + F.dropout(y, self.dropout))
+        return laid_out_as(x, self.conv(h, activation=self.activation, residual=x))
 
     def extra_repr(self) -> str:
         text = f"activation={self.activation!r}"

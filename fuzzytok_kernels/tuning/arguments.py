@@ -5,7 +5,7 @@ import sys
 
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.tuning.gpu import Gpu
-from fuzzytok_kernels.tuning.problem import DTYPES, EPILOGUES, LAYOUTS, Problem, rounded_steps
+from fuzzytok_kernels.tuning.problem import DTYPES, EPILOGUES, LAYOUTS, Problem, describable, rounded_steps
 from fuzzytok_kernels.tuning.space import OPS
 
 
@@ -25,11 +25,13 @@ def problem_from(options: argparse.Namespace, gpu: Gpu | None = None) -> tuple[P
         sys.exit("fuzzytok: a problem needs --op and --shape")
     gpu = gpu or Gpu.current(0)
     B, T, c_in, c_out, K = options.shape
-    row = 4 if options.dtype in ("tf32", "fp32") else 8  # elements in the 16 bytes that descriptors ask for
-    coordinates = (K + 2) * min(options.dilation, T) + T
     epilogue = "residual" if options.op == "causal_conv1d_fused" and options.activation == "none" else options.activation
-    whole = row * (2 if epilogue in GATES else 1)
-    aligned = gpu is not None and gpu.descriptors and c_in % row == 0 and c_out % whole == 0 and coordinates < 2**31
+    if epilogue not in OPS[options.op].epilogues:
+        sys.exit(f"fuzzytok: --activation {epilogue} is none of {options.op}; expected one of {', '.join(OPS[options.op].epilogues)}")
+    if epilogue in GATES and c_out % 2:
+        sys.exit(f"fuzzytok: --activation {epilogue} halves the output channels, and C_OUT is {c_out}; expected an even number")
+    size = 4 if options.dtype in ("tf32", "fp32") else 2
+    aligned = gpu is not None and gpu.descriptors and describable(c_in, c_out, K, epilogue, size, T, options.dilation)
     problem = Problem(options.op, options.dtype, options.layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T))
     return problem, options.dilation, B, T
 

@@ -12,7 +12,7 @@ import torch
 from fuzzytok_kernels.tuning import store
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.problem import Problem, distance
-from fuzzytok_kernels.tuning.space import Config, default_config, predicted, shared_memory, suited
+from fuzzytok_kernels.tuning.space import Config, default_config, predicted, shared_memory, suited, suits
 from fuzzytok_kernels.tuning.store import Entry
 
 _warned: set[str] = set()  # ops
@@ -79,14 +79,15 @@ def _expected_best(gpu: Gpu, problem: Problem, source: Source, entry: Entry, far
     The nearest problem's winner alone loses 21 % (geometric mean of 21 random problems on an H100) where this loses 5. Of a GPU that was
     not measured only the configs in its file are known to fit.
     """
-    known = {other.config for other in _entries(source.path, gpu, problem.op) if store.serves(other, problem)}
+    known = {other.config for other in _entries(source.path, gpu, problem.op) if other.problem.kind == problem.kind}
     if source.farther == 0:
-        known.update(config for config in suited(problem) if shared_memory(problem, config) <= gpu.shared_memory)
+        known |= suited(problem)
+    fitting = {config for config in known if suits(config, problem) and shared_memory(problem, config) <= gpu.shared_memory}
 
     def time(config: Config) -> float:
         return predicted(problem, config, gpu.sm_count) * (1 - max(0.0, 1 - far) / 3 if config == entry.config else 1)
 
-    return min(known, key=lambda config: (time(config), config != entry.config, config))
+    return min(fitting or {default_config(problem)}, key=lambda config: (time(config), config != entry.config, config))
 
 
 def sources(gpu: Gpu, op: str) -> Iterator[Source]:

@@ -25,15 +25,23 @@ class Problem(NamedTuple):
 
     @property
     def kind(self) -> dict[str, str]:
-        """What must match for a config of one problem to serve another, by field: dtype up to its size, the epilogue up to its sort."""
-        dtype = "16 bits" if self.dtype in ("bf16", "fp16") else self.dtype
-        sort = self.epilogue if self.epilogue in ("none", "residual") else "a gate" if self.epilogue in GATES else "an activation"
-        return {"op": self.op, "dtype": dtype, "epilogue": sort}
+        """What must match for what is known of one problem to tell of another, by field; dtype up to its size."""
+        return {"op": self.op, "dtype": "16 bits" if self.dtype in ("bf16", "fp16") else self.dtype}
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The fields that match by distance. K is among them: a config chosen for another K is far better than the default."""
         return self[5:]
+
+
+def describable(c_in: int, c_out: int, kernel_size: int, epilogue: str, element_size: int, T: int, dilation: int) -> bool:
+    """Whether descriptors can read such tensors, where the hardware has them: rows are multiples of 16 bytes, coordinates have 32 bits."""
+    row = 16 // element_size
+    return (
+        c_in % row == 0
+        and c_out % (2 * row if epilogue in GATES else row) == 0
+        and (kernel_size + 2) * min(dilation, T) + T < 2**31  # a group of taps may reach two beyond the last
+    )
 
 
 def distance(a: Problem, b: Problem) -> float:

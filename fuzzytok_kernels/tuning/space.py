@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from fuzzytok_kernels.tuning.problem import Problem
+from fuzzytok_kernels.tuning.problem import EPILOGUES, Problem
 
 
 class Config(NamedTuple):
@@ -46,8 +46,8 @@ _WEIGHT_GRAD = tuple(
         ("tma", 128, 128, 128, 8, 2, 1), ("tma", 64, 128, 64, 4, 4, 2), ("tma", 64, 64, 128, 4, 4, 2), ("tma", 64, 64, 64, 4, 4, 2),
         ("tma", 128, 64, 64, 4, 3, 2), ("tma", 128, 64, 64, 4, 3, 1), ("tma", 64, 64, 64, 4, 4, 4), ("tma", 32, 128, 128, 8, 3, 1),
         ("tma", 32, 64, 128, 4, 3, 2), ("tma", 32, 128, 64, 4, 3, 2), ("tma", 32, 64, 64, 4, 4, 2),
-        ("tma", 64, 128, 128, 8, 3, 1, 3), ("tma", 64, 128, 128, 8, 3, 2, 3), ("tma", 64, 128, 64, 4, 3, 1, 3),
-        ("tma", 64, 64, 128, 4, 3, 1, 3), ("tma", 64, 64, 128, 4, 4, 2, 3), ("tma", 64, 64, 64, 4, 4, 2, 3),
+        ("tma", 64, 128, 128, 8, 3, 1, 3), ("tma", 64, 128, 128, 8, 3, 2, 3),
+        ("tma", 64, 64, 64, 4, 4, 2, 3),
         ("tma", 64, 64, 64, 4, 4, 1, 3), ("tma", 128, 64, 128, 8, 3, 1, 3), ("tma", 64, 128, 128, 8, 4, 1, 2),
         ("tma", 64, 128, 128, 8, 3, 1, 2), ("tma", 64, 128, 64, 4, 4, 2, 2), ("tma", 64, 64, 64, 4, 4, 2, 2),
         ("tma", 64, 32, 64, 4, 4, 1), ("tma", 128, 32, 64, 4, 3, 1), ("tma", 64, 64, 64, 4, 4, 1),
@@ -66,14 +66,15 @@ class Op(NamedTuple):
 
     kernels: tuple[str, ...]  # the files under kernels/ that it launches from: a change in them makes its stored winners a miss
     configs: tuple[Config, ...]
+    epilogues: tuple[str, ...] = ("none",)
 
 
 _CONV_KERNELS = ("conv.py", "activation.py", "dot.py", "transpose.py")
 OPS = {
     "causal_conv1d": Op(_CONV_KERNELS, _CONV),
-    "causal_conv1d_fused": Op(_CONV_KERNELS, _CONV),
-    "causal_conv1d_activation_grad": Op(_CONV_KERNELS, _CONV),
-    "causal_conv1d_input_grad": Op(_CONV_KERNELS, _CONV),
+    "causal_conv1d_fused": Op(_CONV_KERNELS, _CONV, EPILOGUES[1:]),
+    "causal_conv1d_activation_grad": Op(_CONV_KERNELS, _CONV, EPILOGUES[2:]),
+    "causal_conv1d_input_grad": Op(_CONV_KERNELS, _CONV, EPILOGUES[:2]),
     "causal_conv1d_weight_grad": Op(("weight_grad.py", "dot.py", "transpose.py"), _WEIGHT_GRAD),
 }
 
@@ -91,7 +92,8 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
     summed, produced = channels(problem)
     if path == "tma":
         block_out = _block(produced, 64 if problem.dtype == "fp32" else 128)  # three TF32 products take three times the registers
-        return Config(path, 128, _block(summed, 64 // wide), block_out, 4 * wide, 2, 2 // wide)
+        warps = 8 if wide == 2 or (problem.layout == "first" and problem.epilogue != "none") else 4  # see `suits`
+        return Config(path, 128, _block(summed, 64 // wide), block_out, warps, 2, 2 // wide)
     block_t = 128 if problem.steps >= 1 << 15 else 64 if problem.steps >= 1 << 11 else 32
     return Config(path, block_t // wide, 32 // wide, _block(produced, 64), 4 * wide, 2, 1)
 
@@ -103,8 +105,8 @@ def candidates(problem: Problem, most: int, multiprocessors: int) -> list[Config
 
 
 def suited(problem: Problem) -> set[Config]:
-    """The configs of the search space that are not too wide for `problem`."""
-    return {config for config in OPS[problem.op].configs if _suits(config, problem)}
+    """The configs of the search space that suit `problem`."""
+    return {config for config in OPS[problem.op].configs if suits(config, problem)}
 
 
 def shared_memory(problem: Problem, config: Config) -> int:
@@ -114,7 +116,7 @@ def shared_memory(problem: Problem, config: Config) -> int:
         stage, out = config.BLOCK_T * (columns + config.BLOCK_C_OUT), config.BLOCK_C_OUT * 16
     else:
         stage, out = (config.BLOCK_T + config.BLOCK_C_OUT) * columns, config.BLOCK_T * config.BLOCK_C_OUT // 2
-    return _element_size(problem) * (config.num_stages * stage + out) + 1024
+    return _element_size(problem) * (config.num_stages * stage + out) + 2048
 
 
 def predicted(problem: Problem, config: Config, multiprocessors: int) -> float:
@@ -156,7 +158,8 @@ def channels(problem: Problem) -> tuple[int, int]:
     return problem.c_in, problem.c_out
 
 
-def _suits(config: Config, problem: Problem) -> bool:
+def suits(config: Config, problem: Problem) -> bool:
+    """Whether `config` can run `problem` and is neither too wide for it nor out of registers."""
     if config.path == "tma" and not problem.aligned:
         return False
     if problem.kernel_size < config.TAPS:

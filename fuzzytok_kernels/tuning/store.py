@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from fuzzytok_kernels.tuning.gpu import Gpu, versions
 from fuzzytok_kernels.tuning.hashes import in_space, kernel_hash, space_hash
-from fuzzytok_kernels.tuning.problem import DTYPES, EPILOGUES, LAYOUTS, Problem, distance
-from fuzzytok_kernels.tuning.space import Config
+from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, Problem, distance
+from fuzzytok_kernels.tuning.space import OPS, Config
 
 SCHEMA = 1
 
@@ -91,14 +91,9 @@ def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured
 
 
 def nearest(entries: Iterable[Entry], problem: Problem) -> Entry | None:
-    """The entry for `problem`, or the one of its kind that is nearest; None if there is none whose config could run it."""
-    alike = [entry for entry in entries if serves(entry, problem)]
+    """The entry for `problem`, or the one of its kind that is nearest; None if there is none."""
+    alike = [entry for entry in entries if entry.problem.kind == problem.kind]
     return min(alike, key=lambda entry: (distance(entry.problem, problem), entry.problem), default=None)
-
-
-def serves(entry: Entry, problem: Problem) -> bool:
-    """Whether an entry's config can run `problem`, and was chosen for one of its kind."""
-    return entry.problem.kind == problem.kind and (problem.aligned or entry.config.path == "pointer")
 
 
 # ---- what can be trusted
@@ -157,9 +152,9 @@ def _parsed(fields: Any, op: str) -> Entry:
     _expect(fields, "dtype", "one of " + ", ".join(DTYPES), problem.dtype in DTYPES)
     _expect(fields, "layout", "one of " + ", ".join(LAYOUTS), problem.layout in LAYOUTS)
     _expect(fields, "aligned", "true or false", type(problem.aligned) is bool)
-    _expect(fields, "epilogue", "one of " + ", ".join(EPILOGUES), problem.epilogue in EPILOGUES)
+    _expect(fields, "epilogue", "one of " + ", ".join(OPS[op].epilogues), problem.epilogue in OPS[op].epilogues)
     for name in ("kernel_size", "c_in", "c_out", "steps"):
-        _expect(fields, name, "a positive integer", type(fields[name]) is int and fields[name] > 0)
+        _expect(fields, name, "a positive integer of 64 bits", type(fields[name]) is int and 0 < fields[name] < 2**63)
     if not in_space(config):
         raise ValueError(f"{config} is outside the search space")
     _expect(fields, "path", "pointer, for the problem is not aligned", config.path == "pointer" or problem.aligned)

@@ -16,7 +16,7 @@ from fuzzytok_kernels.tuning import Problem, record_problems, rounded_steps
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.lookup import user_folder
 from fuzzytok_kernels.tuning.measure import Job
-from fuzzytok_kernels.tuning.problem import LAYOUTS
+from fuzzytok_kernels.tuning.problem import LAYOUTS, describable
 from fuzzytok_kernels.tuning.tuner import MOST, MOST_QUICK, job_of, tune
 
 # B, T, C_in, C_out, K: the paper's four sizes, long ones, narrow and wide channels, other kernel sizes.
@@ -57,10 +57,10 @@ def default_jobs(descriptors: bool) -> list[Job]:
     """The list that a warm-up without arguments tunes, for a GPU with or without descriptors."""
     jobs = []
     for dtype, layout, ops, epilogue, shapes in _DEFAULT:
-        row = 16 // (2 if dtype in ("fp16", "bf16") else 4)
+        size = 2 if dtype in ("fp16", "bf16") else 4
         for op in ops:
             for B, T, c_in, c_out, K in shapes:
-                aligned = descriptors and c_in % row == 0 and c_out % row == 0
+                aligned = descriptors and describable(c_in, c_out, K, epilogue, size, T, dilation=2)
                 jobs.append(Job(Problem(op, dtype, layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T)), B, T, dilation=2))
     return jobs
 
