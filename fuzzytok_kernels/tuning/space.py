@@ -164,8 +164,11 @@ def suits(config: Config, problem: Problem) -> bool:
         return False
     if problem.kernel_size < config.TAPS:
         return False
-    if problem.layout == "first" and problem.epilogue != "none" and 64 * 32 * config.num_warps < config.BLOCK_T * config.BLOCK_C_OUT:
-        return False  # pointers to what the epilogue reads, beside 128 sums a thread, spill registers
+    weight_grad = problem.op == "causal_conv1d_weight_grad"
+    tile = config.BLOCK_C_OUT * (config.TAPS * config.BLOCK_C_IN if weight_grad else config.BLOCK_T)
+    through_registers = _element_size(problem) == 4 if weight_grad else problem.layout == "first" and problem.epilogue != "none"
+    if through_registers and tile > 64 * 32 * config.num_warps:
+        return False  # 128 sums a thread, beside operands in 32 bits or what the epilogue reads through pointers, spill up to 464 bytes
     summed, produced = channels(problem)
     return _block(summed, 256) >= config.BLOCK_C_IN and _block(produced, 256) >= config.BLOCK_C_OUT
 
