@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from fuzzytok_kernels.tuning import timer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALLS = 32 if DEVICE == "cuda" else 4  # in a round, at least
 BUDGET_MS = 20.0  # of rounds a row
+# A rival so slow that CALLS of it take longer has fewer in its graph: F.conv1d with K=7 takes 4.5 ms forward alone.
+LONGEST_ROUND_MS = 400.0 if DEVICE == "cuda" else math.inf
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Relative errors in the L2 norm that no correct result has: a few roundings of the dtype; for strict fp32, less than TF32 has.
 _BOUNDS = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "fp32": 1e-4}
@@ -107,7 +110,12 @@ class Calls:
         self.data = data
         self.rival = RIVALS[case.rival](case.shape)
         self.copies = [Call(self.rival, case.op, inputs) for inputs in data.copies]
-        self.all = rotation(self.copies)
+
+    @functools.cached_property
+    def all(self) -> list[Call]:
+        """Those of a round, in order."""
+        calls = rotation(self.copies)
+        return calls[: int(max(1, min(len(calls), LONGEST_ROUND_MS / _milliseconds(self.copies[0]))))]
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """Run once; the configs that our kernels ran with, by op. Empty for rivals, and where the reference computes."""
@@ -120,6 +128,16 @@ class Calls:
         """The error of what the first copy's last call left."""
         first = self.copies[0]
         return self.data.error(self.rival.logical(first.results, first.inputs))
+
+
+def _milliseconds(call: Call) -> float:
+    """Of a second call, after one that compiles and chooses."""
+    for _ in range(2):
+        begin = time.perf_counter()
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e3
 
 
 class Round:

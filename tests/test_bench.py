@@ -151,6 +151,13 @@ def test_a_round_runs_every_copy():
     assert len({call.results["y"].data_ptr() for call in calls.copies}) == 3
 
 
+def test_a_round_of_slow_calls_is_short(monkeypatch):
+    monkeypatch.setattr(measure, "LONGEST_ROUND_MS", 1e-9)
+    case = Case("main", "forward", "ours", TINY[0], dtype=FP32)
+    calls = measure.Calls(case, measure.Data(case, 3))
+    assert calls.all == calls.copies[:1]
+
+
 def test_switches():
     run_python("""
 import torch
