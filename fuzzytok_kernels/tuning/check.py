@@ -12,6 +12,7 @@ from fuzzytok_kernels.tuning.tuner import compilers, job_of, racer
 from fuzzytok_kernels.tuning.worker import WorkerError
 
 _SLOWER = 1.03  # of the default's time; less is noise
+_RACES = 3  # that a winner must lose: one of 247 lost its first by 9 % on the GPU where it had won by 3 minutes before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compiled = [compile(job_of(entry.problem), entry.config) for entry in winners]
         for entry, future in zip(winners, compiled, strict=True):
             try:
-                default_us, winner_us = race(0, job_of(entry.problem), entry.config, future.result(), gpu.shared_memory)
-                verdict = "wrong" if winner_us == math.inf else "slower" if winner_us > _SLOWER * default_us else "ok"
+                for _ in range(_RACES):
+                    default_us, winner_us = race(0, job_of(entry.problem), entry.config, future.result(), gpu.shared_memory)
+                    verdict = "wrong" if winner_us == math.inf else "slower" if winner_us > _SLOWER * default_us else "ok"
+                    if verdict != "slower":
+                        break
                 figures = f"{winner_us:9.1f} us, default {default_us:9.1f} us"
             except WorkerError as error:
                 verdict, figures = "failed", str(error)
