@@ -45,10 +45,11 @@ def measure(sections: Sequence[str]) -> Figures:
     figures: dict[str, Figures] = {}
     with _clock("compiling", seconds):
         compile_kernels(sections)
-    for name in sections:
-        with _clock(name, seconds):
-            figures[name] = attempted(MEASURES[name])
-            free()
+    with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is written
+        for name in sections:
+            with _clock(name, seconds):
+                figures[name] = attempted(MEASURES[name])
+                free()
     facts = {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "versions": versions()}
     return {**facts, "seconds": seconds, "sections": figures}
 

@@ -49,7 +49,8 @@ def _saved(counts: Figures) -> Iterator[Bar]:
 def _share(rows: Figures, rivals: Sequence[str], figure: str) -> tuple[float | None, str]:
     """The least of ours over the least of `rivals`, and which these are."""
     ours, rival = (
-        min((name for name in names if figure in rows[name]), key=lambda name: rows[name][figure], default=None) for names in (OURS, rivals)
+        min((name for name in names if figure in rows.get(name, ())), key=lambda name: rows[name][figure], default=None)
+        for names in (OURS, rivals)
     )
     if ours is None or rival is None:
         return None, ""

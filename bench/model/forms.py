@@ -80,7 +80,7 @@ class Form(NamedTuple):
 
 OURS = ("ours", "ours_compiled")
 EAGER_CONV1D = ("conv1d", "conv1d_bf16")
-COMPILED = ("conv1d_compiled", "conv2d_searched")
+COMPILED = ("conv1d_compiled", "conv2d_compiled", "conv2d_searched")
 PYTORCH = (*EAGER_CONV1D, "conv2d", *COMPILED)
 FORMS = {
     "ours": Form("ours"),
@@ -89,10 +89,8 @@ FORMS = {
     "conv1d_bf16": Form("F.conv1d + F.pad, stream in bf16", Conv1dResidual),
     "conv1d_compiled": Form("F.conv1d + F.pad, stream in bf16, compiled", Conv1dResidual, {}),
     "conv2d": Form("conv2d channels_last, trimmed, stream in bf16", Conv2dResidual),
+    "conv2d_compiled": Form("conv2d channels_last, trimmed, stream in bf16, compiled", Conv2dResidual, {}),
     "conv2d_searched": Form("conv2d channels_last, trimmed, stream in bf16, compiled, max-autotune", Conv2dResidual, SEARCHED),
 }
-# The mode chooses kernels, not what is saved: the default one spares minutes of search where memory alone is measured.
-DEPTH_FORMS = {
-    **{name: FORMS[name] for name in ("conv1d_bf16", "conv1d_compiled", "conv2d")},
-    "conv2d_compiled": Form("conv2d channels_last, trimmed, stream in bf16, compiled", Conv2dResidual, {}),
-}
+# The mode chooses kernels, not what is saved: where memory alone is wanted, minutes of search are spared.
+UNSEARCHED = {name: form for name, form in FORMS.items() if form.options is not SEARCHED}
