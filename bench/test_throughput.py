@@ -42,7 +42,7 @@ def test_host(case: Case, benchmark: Any) -> None:
         calls = Calls(case, Data(case, 1))
         configs = calls.configs()
         error = calls.error()
-        benchmark.pedantic(calls.copies[0], setup=_synchronize, rounds=200 if DEVICE == "cuda" else 20, warmup_rounds=10)
+        benchmark.pedantic(calls.copies[0], setup=_synchronize, rounds=1000 if DEVICE == "cuda" else 20, warmup_rounds=10)
     microseconds = benchmark.stats.stats.median * 1e6
     benchmark.extra_info.update(extra_info(case, microseconds, None), error=error, configs=configs, **_MACHINE)
 

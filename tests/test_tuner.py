@@ -56,7 +56,7 @@ def test_a_hang_is_cut_off():
 @pytest.mark.parametrize("aligned", [True, False])
 def test_candidates(op, aligned):
     problem = PROBLEM._replace(op=op, aligned=aligned)
-    found = candidates(problem, 8, 132)
+    found = candidates(problem, 8, GPU)
     assert 1 < len(found) <= 8
     assert default_config(problem) not in found
     assert aligned or all(config.path == "pointer" for config in found)
@@ -68,7 +68,7 @@ def test_candidates(op, aligned):
 @pytest.mark.parametrize("channels", [(1, 1), (1, 64), (64, 1), (5, 6), (16, 16), (2, 256), (32, 24)], ids=str)
 def test_narrow_problems_have_candidates(op, aligned, channels):
     c_in, c_out = channels
-    assert candidates(PROBLEM._replace(op=op, aligned=aligned, c_in=c_in, c_out=c_out), 8, 132)
+    assert candidates(PROBLEM._replace(op=op, aligned=aligned, c_in=c_in, c_out=c_out), 8, GPU)
 
 
 def test_default_jobs_are_distinct():
@@ -114,7 +114,7 @@ def made_up(monkeypatch, tmp_path):
 
 def test_the_fastest_wins_and_is_stored(made_up, tmp_path):
     race_by, _ = made_up
-    best = candidates(PROBLEM, 6, GPU.sm_count)[3]
+    best = candidates(PROBLEM, 6, GPU)[3]
     race_by(lambda config: 0.5 if config == best else 0.9)
     (entry,) = tuner.tune([tuner.job_of(PROBLEM)], tmp_path, 6)
     assert (entry.config, entry.time_us, entry.default_us) == (best, 50.0, 100.0)
@@ -131,7 +131,7 @@ def test_a_winner_must_beat_the_default_by_two_percent(share, made_up, tmp_path)
 
 def test_a_candidate_that_crashes_is_left_out(made_up, tmp_path):
     race_by, _ = made_up
-    first, second, *_ = candidates(PROBLEM, 6, GPU.sm_count)
+    first, second, *_ = candidates(PROBLEM, 6, GPU)
     race_by(lambda config: WorkerError("crash") if config == first else 0.6 if config == second else 0.7)
     (entry,) = tuner.tune([tuner.job_of(PROBLEM)], tmp_path, 6)
     assert entry.config == second
@@ -140,7 +140,7 @@ def test_a_candidate_that_crashes_is_left_out(made_up, tmp_path):
 def test_what_could_not_be_timed_is_left_out(made_up, tmp_path):
     """On Triton 3.9 a race that lost its candidate to pruning has no time of the default either."""
     race_by, _ = made_up
-    first, second, *_ = candidates(PROBLEM, 6, GPU.sm_count)
+    first, second, *_ = candidates(PROBLEM, 6, GPU)
     race_by(lambda config: float("nan") if config == first else 0.6 if config == second else 0.7)
     (entry,) = tuner.tune([tuner.job_of(PROBLEM)], tmp_path, 6)
     assert entry.config == second
@@ -246,7 +246,7 @@ def test_a_wrong_candidate_loses(monkeypatch):
     from fuzzytok_kernels.tuning import Config, measure
 
     job = tuner.job_of(PROBLEM._replace(c_in=64, c_out=64, steps=4096))
-    config, other, *_ = candidates(job.problem, 6, 132)
+    config, other, *_ = candidates(job.problem, 6, GPU)
     right = measure._Launch.run
 
     def wrong(self, num_ctas=1, **fields):

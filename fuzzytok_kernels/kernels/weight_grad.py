@@ -140,8 +140,8 @@ def _slice(
 
 @triton.jit
 def _add_rows(dy, ones, bias_sum, PRECISION: tl.constexpr):
-    """Adds the sums over T of dy [C_out, T] to every column of bias_sum [C_out, 16]; the bias-grad is never rounded to TF32."""
-    return dot(dy, ones, bias_sum, "tf32x3" if PRECISION == "tf32" else PRECISION)
+    """Adds the sums over T of dy [C_out, T] to every column of bias_sum [C_out, 16], in full fp32 even where TF32 is allowed."""
+    return dot(dy, ones, bias_sum, "bf16x6" if PRECISION == "bf16x3" else PRECISION)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def _common(job: Job) -> bool:
 
 def _fitting(gpu: Gpu, jobs: list[Job]) -> list[Entry]:
     """For each job the first of its configs that fits `gpu`; none for a job that even the default does not suit."""
-    choices = {job: [*candidates(job.problem, _TRIED, gpu.sm_count), default_config(job.problem)] for job in jobs}
+    choices = {job: [*candidates(job.problem, _TRIED, gpu), default_config(job.problem)] for job in jobs}
     entries = []
     with compilers(gpu) as compile, tqdm(total=len(jobs), desc=gpu.arch) as progress:
         while choices := {job: configs for job, configs in choices.items() if configs}:

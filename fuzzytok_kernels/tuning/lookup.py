@@ -12,7 +12,7 @@ import torch
 from fuzzytok_kernels.tuning import store
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.problem import Problem, distance
-from fuzzytok_kernels.tuning.space import Config, default_config, predicted, shared_memory, suited, suits
+from fuzzytok_kernels.tuning.space import OPS, Config, default_config, fitting, predicted
 from fuzzytok_kernels.tuning.store import Entry
 
 _warned: set[str] = set()  # ops
@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     source: Source
     entry: Entry  # the nearest
     config: Config
-    exact: bool  # whether it was measured on this GPU for this very problem
+    exact: bool  # whether it was measured on this GPU for this very problem, or for it in the other 16-bit dtype
 
 
 def find(device: int, problem: Problem) -> Config:
@@ -81,13 +81,12 @@ def _expected_best(gpu: Gpu, problem: Problem, source: Source, entry: Entry, far
     """
     known = {other.config for other in _entries(source.path, gpu, problem.op) if other.problem.kind == problem.kind}
     if source.farther == 0:
-        known |= suited(problem)
-    fitting = {config for config in known if suits(config, problem) and shared_memory(problem, config) <= gpu.shared_memory}
+        known |= set(OPS[problem.op].configs)
 
     def time(config: Config) -> float:
         return predicted(problem, config, gpu.sm_count) * (1 - max(0.0, 1 - far) / 3 if config == entry.config else 1)
 
-    return min(fitting or {default_config(problem)}, key=lambda config: (time(config), config != entry.config, config))
+    return min(fitting(problem, known, gpu) or {default_config(problem)}, key=lambda config: (time(config), config != entry.config, config))
 
 
 def sources(gpu: Gpu, op: str) -> Iterator[Source]:

@@ -1,8 +1,10 @@
 """The configs: what a kernel can be told, which are worth trying, and what is chosen where nothing was measured."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.problem import EPILOGUES, Problem
 
 
@@ -28,7 +30,7 @@ _CONV = tuple(
         ("tma", 128, 32, 128, 4, 4, 2), ("tma", 128, 64, 64, 4, 3, 4), ("tma", 128, 64, 64, 4, 4, 3), ("tma", 256, 64, 64, 8, 3, 2),
         ("tma", 64, 64, 128, 4, 3, 3), ("tma", 64, 64, 256, 4, 3, 2), ("tma", 64, 64, 64, 4, 4, 4), ("tma", 64, 128, 64, 4, 4, 2),
         ("tma", 64, 128, 32, 4, 4, 2), ("tma", 128, 64, 32, 4, 4, 4), ("tma", 128, 32, 64, 4, 4, 4), ("tma", 128, 32, 32, 4, 4, 4),
-        ("tma", 128, 32, 128, 8, 4, 2), ("tma", 128, 32, 256, 8, 3, 1), ("tma", 64, 32, 64, 4, 4, 4),
+        ("tma", 128, 32, 128, 8, 4, 2), ("tma", 128, 32, 128, 8, 3, 2), ("tma", 128, 32, 256, 8, 3, 1), ("tma", 64, 32, 64, 4, 4, 4),
         ("pointer", 16, 64, 32, 4, 4, 1), ("pointer", 16, 128, 32, 4, 3, 1), ("pointer", 16, 64, 64, 4, 4, 1),
         ("pointer", 32, 64, 32, 4, 4, 1), ("pointer", 32, 64, 64, 4, 4, 1), ("pointer", 64, 64, 64, 4, 4, 1),
         ("pointer", 64, 32, 64, 4, 4, 1), ("pointer", 64, 64, 128, 4, 3, 1), ("pointer", 128, 32, 64, 4, 3, 1),
@@ -45,7 +47,8 @@ _WEIGHT_GRAD = tuple(
         ("tma", 64, 128, 256, 8, 4, 4), ("tma", 64, 128, 128, 4, 4, 2), ("tma", 64, 128, 128, 4, 4, 4), ("tma", 128, 128, 128, 8, 3, 1),
         ("tma", 128, 128, 128, 8, 2, 1), ("tma", 64, 128, 64, 4, 4, 2), ("tma", 64, 64, 128, 4, 4, 2), ("tma", 64, 64, 64, 4, 4, 2),
         ("tma", 128, 64, 64, 4, 3, 2), ("tma", 128, 64, 64, 4, 3, 1), ("tma", 64, 64, 64, 4, 4, 4), ("tma", 32, 128, 128, 8, 3, 1),
-        ("tma", 32, 64, 128, 4, 3, 2), ("tma", 32, 128, 64, 4, 3, 2), ("tma", 32, 64, 64, 4, 4, 2),
+        ("tma", 32, 64, 128, 4, 3, 2), ("tma", 32, 128, 64, 4, 3, 2), ("tma", 32, 64, 64, 4, 4, 2), ("tma", 64, 128, 128, 8, 2, 1),
+        ("tma", 32, 64, 64, 4, 3, 2, 3), ("tma", 32, 64, 128, 8, 3, 1, 3), ("tma", 32, 64, 128, 8, 3, 2), ("tma", 64, 64, 64, 4, 3, 2),
         ("tma", 64, 128, 128, 8, 3, 1, 3), ("tma", 64, 128, 128, 8, 3, 2, 3),
         ("tma", 64, 64, 64, 4, 4, 2, 3),
         ("tma", 64, 64, 64, 4, 4, 1, 3), ("tma", 128, 64, 128, 8, 3, 1, 3), ("tma", 64, 128, 128, 8, 4, 1, 2),
@@ -98,15 +101,15 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
     return Config(path, block_t // wide, 32 // wide, _block(produced, 64), 4 * wide, 2, 1)
 
 
-def candidates(problem: Problem, most: int, multiprocessors: int) -> list[Config]:
+def candidates(problem: Problem, most: int, gpu: Gpu) -> list[Config]:
     """At most `most` configs worth timing for `problem`, the likeliest by `predicted` first; the default is not among them."""
-    others = suited(problem) - {default_config(problem)}
-    return sorted(others, key=lambda config: (predicted(problem, config, multiprocessors), config))[:most]
+    others = fitting(problem, OPS[problem.op].configs, gpu) - {default_config(problem)}
+    return sorted(others, key=lambda config: (predicted(problem, config, gpu.sm_count), config))[:most]
 
 
-def suited(problem: Problem) -> set[Config]:
-    """The configs of the search space that suit `problem`."""
-    return {config for config in OPS[problem.op].configs if suits(config, problem)}
+def fitting(problem: Problem, configs: Iterable[Config], gpu: Gpu) -> set[Config]:
+    """Those of `configs` that suit `problem` and its programs the shared memory of `gpu`."""
+    return {config for config in configs if suits(config, problem) and shared_memory(problem, config) <= gpu.shared_memory}
 
 
 def shared_memory(problem: Problem, config: Config) -> int:
@@ -167,8 +170,8 @@ def suits(config: Config, problem: Problem) -> bool:
     weight_grad = problem.op == "causal_conv1d_weight_grad"
     tile = config.BLOCK_C_OUT * (config.TAPS * config.BLOCK_C_IN if weight_grad else config.BLOCK_T)
     through_registers = _element_size(problem) == 4 if weight_grad else problem.layout == "first" and problem.epilogue != "none"
-    if through_registers and tile > 64 * 32 * config.num_warps:
-        return False  # 128 sums a thread, beside operands in 32 bits or what the epilogue reads through pointers, spill up to 464 bytes
+    if through_registers and tile > 96 * 32 * config.num_warps:
+        return False  # 128 sums a thread, beside operands in 32 bits or what the epilogue reads through pointers, spill up to 1,048 bytes
     summed, produced = channels(problem)
     return _block(summed, 256) >= config.BLOCK_C_IN and _block(produced, 256) >= config.BLOCK_C_OUT
 

@@ -93,7 +93,9 @@ def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured
 def nearest(entries: Iterable[Entry], problem: Problem) -> Entry | None:
     """The entry for `problem`, or the one of its kind that is nearest; None if there is none."""
     alike = [entry for entry in entries if entry.problem.kind == problem.kind]
-    return min(alike, key=lambda entry: (distance(entry.problem, problem), entry.problem), default=None)
+    return min(
+        alike, key=lambda entry: (distance(entry.problem, problem), entry.problem.dtype != problem.dtype, entry.problem), default=None
+    )
 
 
 # ---- what can be trusted

@@ -50,7 +50,7 @@ def tune(jobs: Iterable[Job], directory: Path, most: int = MOST, device: int = 0
         stored = {op: read(path_of(directory, gpu, op), gpu, op)[0] for op in {job.problem.op for job in jobs}}  # by another rank, perhaps
         done = {entry.problem: entry for entries in stored.values() for entry in entries if (entry.tried or 0) >= most}
         open_jobs = {job.problem: job for job in jobs if job.problem not in done}.values()
-        plans = {job: [default_config(job.problem), *candidates(job.problem, most, gpu.sm_count)] for job in open_jobs}
+        plans = {job: [default_config(job.problem), *candidates(job.problem, most, gpu)] for job in open_jobs}
         compiled = {job: {config: compile(job, config) for config in configs} for job, configs in plans.items()}
         with tqdm(total=sum(map(len, plans.values())), unit="config") as progress:
             for job, futures in compiled.items():

@@ -16,11 +16,12 @@ from fuzzytok_kernels.tuning import Problem, record_problems, rounded_steps
 from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_from
 from fuzzytok_kernels.tuning.lookup import user_folder
 from fuzzytok_kernels.tuning.measure import Job
-from fuzzytok_kernels.tuning.problem import LAYOUTS, describable
+from fuzzytok_kernels.tuning.problem import describable
 from fuzzytok_kernels.tuning.tuner import MOST, MOST_QUICK, job_of, tune
 
 # B, T, C_in, C_out, K: the paper's four sizes, long ones, narrow and wide channels, other kernel sizes.
 _COMMON = ((8, 256, 256, 256, 3), (32, 2048, 256, 256, 3))
+_WIDE = (*_COMMON, (32, 2048, 512, 512, 3), (16, 1000, 320, 192, 5))
 _MORE = (*_COMMON, (32, 1024, 256, 256, 3), (32, 2048, 512, 512, 3), (64, 4096, 128, 128, 3), (32, 2048, 64, 64, 3),
          (32, 2048, 250, 250, 3), (8, 256, 60, 60, 3))  # fmt: skip  # the last two have rows that descriptors cannot read
 _MOST = (
@@ -44,7 +45,8 @@ _DEFAULT: tuple[tuple[str, str, tuple[str, ...], str, tuple], ...] = (  # dtype,
     ("bf16", "last", _PLAIN, "none", _MOST),
     ("bf16", "first", _PLAIN, "none", _MORE),
     ("fp16", "last", _PLAIN, "none", _COMMON),
-    *((dtype, layout, _PLAIN, "none", _COMMON) for dtype in ("tf32", "fp32") for layout in LAYOUTS),
+    *((dtype, "last", _PLAIN, "none", _WIDE) for dtype in ("tf32", "fp32")),
+    *((dtype, "first", _PLAIN, "none", _COMMON) for dtype in ("tf32", "fp32")),
     ("bf16", "last", ("causal_conv1d_input_grad",), "residual", _BLOCKS),
     ("bf16", "last", _BLOCK, "gelu", _BLOCKS),
     *(("bf16", "last", _BLOCK, epilogue, _COMMON) for epilogue in ("relu", "silu", "gelu_tanh")),
