@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fuzzytok_kernels import tuning
@@ -20,6 +19,7 @@ from fuzzytok_kernels.descriptors import Traits, as_it_is, rows, rows_or_columns
 from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
+from fuzzytok_kernels.private_triton import OutOfResources
 from fuzzytok_kernels.program import Kernel, cdiv, on
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.support import conv_switch, facts

@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fuzzytok_kernels import reference
+from fuzzytok_kernels import private, reference
 from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.layout import empty_output, empty_weight, laid_out_as
 
 STORED_FROM = 2048  # C_in * K, from which on a training step stores the pre-activation of a fused op
 
 _library = torch.library.Library("fuzzytok", "DEF")
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 class _Function(torch.autograd.Function):
@@ -44,7 +42,7 @@ def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, d
 class _CausalConv1d(_Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with private.below_autograd():
             return causal_conv1d(x, weight, bias, dilation)
 
     @staticmethod
@@ -83,7 +81,7 @@ class _CausalConv1dFused(_Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dilation: int, activation: str) -> Tensor:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with private.below_autograd():
             return causal_conv1d_fused(x, weight, bias, residual, dilation, activation)
 
     @staticmethod
@@ -117,7 +115,7 @@ def _fused_derived(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     """Stores the pre-activation where to compute it again would cost more."""
     *_, activation = others
     stored = activation != "none" and weight.dim() == 3 and weight.shape[1] * weight.shape[2] >= STORED_FROM
-    return _fused_in_steps(x, weight, *others) if stored else _applied(_CausalConv1dFused)(x, weight, *others)
+    return _fused_in_steps(x, weight, *others) if stored else private.apply_of(_CausalConv1dFused)(x, weight, *others)
 
 
 # ---- causal_conv1d_activation_grad
@@ -146,7 +144,7 @@ def _causal_conv1d_input_grad_fake(grad_y: Tensor, weight: Tensor, dilation: int
 class _CausalConv1dInputGrad(_Function):
     @staticmethod
     def forward(grad_y: Tensor, weight: Tensor, dilation: int, residual: Tensor | None) -> Tensor:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with private.below_autograd():
             return causal_conv1d_input_grad(grad_y, weight, dilation, residual)
 
     @staticmethod
@@ -181,7 +179,7 @@ def _causal_conv1d_weight_grad_fake(grad_y: Tensor, x: Tensor, kernel_size: int,
 class _CausalConv1dWeightGrad(_Function):
     @staticmethod
     def forward(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with private.below_autograd():
             return causal_conv1d_weight_grad(grad_y, x, kernel_size, dilation)
 
     @staticmethod
@@ -245,9 +243,9 @@ def _below_autograd(op: Callable, derive: Callable, defaults: tuple) -> Callable
 
     def autograd(*args: Any) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-        if wanted or forward_ad._current_level >= 0:
+        if wanted or private.in_forward_mode():
             return derive(*args, *defaults[len(args) :])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with private.below_autograd():
             return op(*args)
 
     return autograd
@@ -272,7 +270,7 @@ def _autocast(op: Callable, casts: bool) -> Callable:
     """A forward follows the autocast dtype, a gradient keeps its own, and nothing inside is cast again."""
 
     def autocast(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        with private.without_autocast():
             return op(*_cast(args)) if casts else op(*args)
 
     return autocast
@@ -291,10 +289,6 @@ def _functorch(apply: Callable, defaults: tuple, casts: bool) -> Callable:
     return front
 
 
-def _applied(function: type[_Function]) -> Callable:
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # past Function.apply's inspect.signature
-
-
 def _register(schema: str, fake: Callable, derived: Callable, transformed: Callable, autocast: bool = False) -> Any:
     """Define an op with its fake and every kernel: `derived` where a derivative may be wanted, `transformed` under torch.func.
 
@@ -306,7 +300,7 @@ def _register(schema: str, fake: Callable, derived: Callable, transformed: Calla
     for key in ("CPU", "CUDA"):
         _library.impl(name, lambda first, *args: _implementation(name, first.device)(first, *args), key)
     torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
-    defaults = tuple(argument.default_value for argument in op._schema.arguments)  # the dispatcher strips arguments that equal theirs
+    defaults = private.defaults_of(op)  # the dispatcher strips arguments that equal theirs
     _library.impl(name, _below_autograd(op, derived, defaults), "Autograd")
     _library.impl(name, _functorch(transformed, defaults, autocast), "FuncTorchDynamicLayerFrontMode")
     for key in ("AutocastCPU", "AutocastCUDA"):
@@ -316,7 +310,7 @@ def _register(schema: str, fake: Callable, derived: Callable, transformed: Calla
 
 causal_conv1d = _register(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1) -> Tensor",
-    _causal_conv1d_fake, _applied(_CausalConv1d), _CausalConv1d.apply, autocast=True,
+    _causal_conv1d_fake, private.apply_of(_CausalConv1d), _CausalConv1d.apply, autocast=True,
 )  # fmt: skip
 causal_conv1d_fused = _register(
     "causal_conv1d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int dilation, str activation) -> Tensor",
@@ -328,9 +322,9 @@ causal_conv1d_activation_grad = _register(
 )  # fmt: skip
 causal_conv1d_input_grad = _register(
     "causal_conv1d_input_grad(Tensor grad_y, Tensor weight, int dilation=1, Tensor? residual=None) -> Tensor",
-    _causal_conv1d_input_grad_fake, _applied(_CausalConv1dInputGrad), _CausalConv1dInputGrad.apply,
+    _causal_conv1d_input_grad_fake, private.apply_of(_CausalConv1dInputGrad), _CausalConv1dInputGrad.apply,
 )  # fmt: skip
 causal_conv1d_weight_grad = _register(
     "causal_conv1d_weight_grad(Tensor grad_y, Tensor x, int kernel_size, int dilation=1) -> (Tensor, Tensor)",
-    _causal_conv1d_weight_grad_fake, _applied(_CausalConv1dWeightGrad), _CausalConv1dWeightGrad.apply,
+    _causal_conv1d_weight_grad_fake, private.apply_of(_CausalConv1dWeightGrad), _CausalConv1dWeightGrad.apply,
 )  # fmt: skip

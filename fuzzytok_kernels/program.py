@@ -6,25 +6,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.jit import KernelInterface
 
+from fuzzytok_kernels.private_triton import KernelInterface, launcher
 from fuzzytok_kernels.tuning import Config
 
 
 class Kernel:
-    """A kernel with its grid and constants: compiled at its first call, then launched past Triton's binder (27 us -> 13 us)."""
+    """A kernel with its grid and constants: compiled at its first call, then launched past Triton's binder."""
 
     def __init__(self, jit: KernelInterface, programs: int, constants: tuple, config: Config | None = None, *more: int) -> None:
         blocks = () if config is None else (config.BLOCK_T, config.BLOCK_C_IN, config.BLOCK_C_OUT, *more)
         self._jit, self._grid, self._constants = jit, (programs, 1, 1), (*constants, *blocks)
         self._options = {} if config is None else {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        self._compiled: Any = None  # for good under the interpreter
+        self._launch: Callable | None = None  # for good under the interpreter
 
     def __call__(self, *args: Any) -> None:
-        if self._compiled is None:
-            self._compiled = self._jit[self._grid](*args, *self._constants, **self._options)
-        else:
-            self._compiled[self._grid](*args, *self._constants)
+        if self._launch is not None:
+            self._launch(*args, *self._constants)
+        elif compiled := self._jit[self._grid](*args, *self._constants, **self._options):
+            self._launch = launcher(compiled, self._grid)
 
 
 def on(device: torch.device, launch: Callable) -> Callable:

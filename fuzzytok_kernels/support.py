@@ -53,7 +53,7 @@ def _reason_against(device: torch.device) -> str | None:
         return "Triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton does not use the tensor cores of GPUs before Ampere"
-    from triton.runtime import driver
+    from fuzzytok_kernels.private_triton import driver
 
     try:
         driver.active.get_current_target()
@@ -67,6 +67,6 @@ def _installed() -> bool:
 
 
 def _interprets() -> bool:
-    import triton
+    from fuzzytok_kernels.private_triton import interprets
 
-    return triton.knobs.runtime.interpret
+    return interprets()

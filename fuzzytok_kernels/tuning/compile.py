@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime.driver import driver
 
 from fuzzytok_kernels import support
+from fuzzytok_kernels.private_triton import DriverBase, GPUTarget, cuobjdump, driver
 from fuzzytok_kernels.tuning import Config, Problem, force
 from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
 
@@ -95,7 +93,7 @@ def _registers(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], text=True)
+        usage = subprocess.check_output([cuobjdump(), "-res-usage", file.name], text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.jit import KernelInterface
 
 from fuzzytok_kernels import reference
+from fuzzytok_kernels.private_triton import KernelInterface
 from fuzzytok_kernels.tuning import Config, force, timer
 from fuzzytok_kernels.tuning.compile import Resources
 from fuzzytok_kernels.tuning.problem import Problem

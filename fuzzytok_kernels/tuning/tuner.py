@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
 
+from fuzzytok_kernels.private_triton import GPUTarget
 from fuzzytok_kernels.tuning import Config, Problem
 from fuzzytok_kernels.tuning.compile import Resources
 from fuzzytok_kernels.tuning.gpu import Gpu

@@ -1,0 +1,36 @@
+"""What the package uses of PyTorch that PyTorch does not promise to keep, all in one place.
+
+tests/test_private.py says of each what breaks without it. Triton's is in `private_triton`, which imports Triton.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+# Inside, ops skip autograd and its marks of views and of changes in place.
+below_autograd: Callable[[], AbstractContextManager] = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+def without_autocast() -> AbstractContextManager:
+    """Inside, ops keep the dtypes that they are given."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of dual numbers is open, so that a tensor which requires no gradient may have a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` for a call outside torch.func, past its `inspect.signature`, which takes longer than the rest of it."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def defaults_of(op: Any) -> tuple:
+    """The default of each argument of an overload of an op, None where it has none."""
+    return tuple(argument.default_value for argument in op._schema.arguments)

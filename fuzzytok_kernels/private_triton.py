@@ -1,0 +1,34 @@
+"""What the package uses of Triton beyond `triton.jit`, `autotune` and the tensor descriptors: none of it is documented.
+
+tests/test_private.py says of each what breaks without it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import KernelInterface
+
+__all__ = ["DriverBase", "GPUTarget", "KernelInterface", "OutOfResources", "cuobjdump", "driver", "interprets", "launcher"]
+
+
+def launcher(compiled: Any, grid: tuple[int, int, int]) -> Callable:
+    """What launches a compiled kernel, which a first call returned, past Triton's binder (27 us -> 13 us).
+
+    It takes all arguments in order, constants too, and no options.
+    """
+    return compiled[grid]
+
+
+def interprets() -> bool:
+    """Whether `triton.jit` makes kernels for the interpreter."""
+    return triton.knobs.runtime.interpret
+
+
+def cuobjdump() -> str:
+    """Where the cuobjdump is that comes with Triton."""
+    return triton.knobs.nvidia.cuobjdump.path

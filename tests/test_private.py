@@ -1,0 +1,185 @@
+"""The interfaces of PyTorch and Triton that nobody promises to keep: one test for each, whose name or message says what breaks without it.
+
+When one fails after an upgrade, `fuzzytok_kernels/private.py` or `private_triton.py` is the one place to mend.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from modes import needs_kernels, run_python
+from torch.autograd import forward_ad
+
+from fuzzytok_kernels import private
+
+PACKAGE = Path(private.__file__).parent
+ops = torch.ops.fuzzytok
+
+
+def broken(what: str) -> str:
+    return f"this interface has changed, and with it {what}"
+
+
+# ---- PyTorch's
+
+
+def test_below_autograd():
+    x = torch.ones(3, requires_grad=True)
+    with private.below_autograd():
+        y = x.view(3)
+    assert not y.requires_grad, broken("every op would record itself twice, its inside too")
+    assert not y._is_view(), broken("nn.ReLU(inplace=True) behind an op would raise")
+
+
+def test_without_autocast():
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with private.without_autocast():
+            assert (x @ x).dtype == torch.float32, broken("gradients would be cast, and the reference's convolution be cast again")
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_in_forward_mode():
+    assert not private.in_forward_mode()
+    with forward_ad.dual_level():
+        assert private.in_forward_mode(), broken("forward-mode derivatives would be silent zeros")
+    assert not private.in_forward_mode()
+
+
+def test_apply_of():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    x = torch.ones(3, requires_grad=True)
+    y = private.apply_of(Double)(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert (y.tolist(), grad.tolist()) == ([2.0] * 3, [2.0] * 3), broken("no op would have a gradient")
+
+
+def test_defaults_of():
+    assert private.defaults_of(ops.causal_conv1d.default) == (None, None, None, 1), broken("calls that leave arguments out would fail")
+
+
+def test_keys_of_the_dispatcher():
+    """`Library.impl` is public, its keys' names are not."""
+    for key, what in {
+        "CPU": "ops on the CPU",
+        "CUDA": "ops on GPUs",
+        "Autograd": "gradients",
+        "FuncTorchDynamicLayerFrontMode": "torch.func",
+        "AutocastCPU": "autocast on the CPU",
+        "AutocastCUDA": "autocast on GPUs",
+    }.items():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("fuzzytok::causal_conv1d", key), broken(what)
+
+
+# ---- Triton's
+
+
+def test_what_a_first_call_returns_launches_the_second():
+    """CompiledKernel: without its `[grid]` every warm call fails."""
+    pytest.importorskip("triton")
+    run_python("""
+import torch
+from fuzzytok_kernels.kernels.transpose import channels_last_kernel
+from fuzzytok_kernels.private_triton import GPUTarget, driver
+from fuzzytok_kernels.program import Kernel
+from fuzzytok_kernels.tuning.compile import _Pretended
+
+class Counting(_Pretended):
+    def launcher_cls(self, source, metadata):
+        return lambda *args: launches.append(args)
+
+launches = []
+driver.set_active(Counting(GPUTarget("cuda", 90, 32)))
+kernel = Kernel(channels_last_kernel, 7, (64, 64))
+arguments = torch.empty(8), torch.empty(8), 4, 2, 8, 4, 1
+kernel(*arguments)
+kernel(*arguments)
+cold, warm = ([value for value in launch if isinstance(value, int | torch.Tensor)] for launch in launches)
+assert warm[:3] == [7, 1, 1] and len(warm) == len(cold) and all(a is b or a == b for a, b in zip(cold, warm)), launches
+""")
+
+
+def test_compiling_for_a_gpu_that_is_not_there():
+    """GPUTarget, DriverBase, driver and cuobjdump: without them `fuzzytok warmup` cannot compile ahead, nor leave out what spills."""
+    pytest.importorskip("triton")
+    run_python("""
+from fuzzytok_kernels.private_triton import GPUTarget
+from fuzzytok_kernels.tuning import Problem
+from fuzzytok_kernels.tuning.compile import resources
+from fuzzytok_kernels.tuning.space import default_config
+problem = Problem("causal_conv1d", "bf16", "last", True, "none", 1, 16, 16, 64)
+used = resources(problem, default_config(problem), GPUTarget("cuda", 90, 32))
+assert used.shared > 0 and used.registers > 0, used
+""")
+
+
+def test_the_error_of_a_kernel_that_does_not_fit():
+    pytest.importorskip("triton")
+    from fuzzytok_kernels.private_triton import OutOfResources
+
+    assert issubclass(OutOfResources, Exception)
+    assert "shared memory" in str(OutOfResources(2, 1, "shared memory")), broken("a config that does not fit would end a training run")
+
+
+@needs_kernels
+def test_what_autotune_tunes():
+    """A subclass of KernelInterface with `fn`, `arg_names` and `run`: without it `fuzzytok warmup` cannot race."""
+    import triton
+
+    from fuzzytok_kernels.private_triton import KernelInterface
+
+    class Launch(KernelInterface):
+        fn = staticmethod(lambda: None)
+        arg_names: tuple = ()
+
+        def run(self, **fields):
+            return fields
+
+    tuned = triton.autotune([triton.Config({"BLOCK": 1}, num_warps=1)], key=[])(Launch())
+    assert tuned.run()["BLOCK"] == 1, broken("fuzzytok warmup")
+
+
+# ---- that they are all
+
+
+PRIVATE = re.compile(r"^_[^_]")
+OF_TRITON = re.compile(r"^triton\.(runtime|backends|compiler|knobs)\b")
+
+
+def _uses(tree: ast.AST) -> list[str]:
+    """What a file uses of PyTorch's private names and of Triton's undocumented modules."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if OF_TRITON.match(name) or (not name.startswith(("self.", "cls.")) and PRIVATE.match(node.attr)):
+                found.append(name)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            private_names = any(PRIVATE.match(part) for part in (*node.module.split("."), *(alias.name for alias in node.names)))
+            if OF_TRITON.match(node.module) or (private_names and node.module.startswith(("torch", "triton"))):
+                found.append(node.module)
+    return found
+
+
+DOCUMENTED = ("._replace", "._asdict", "._fields", "os._exit")  # in spite of their names
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_private_interfaces_stand_in_one_place(file):
+    uses = [name for name in _uses(ast.parse(file.read_text("utf-8"))) if not name.endswith(DOCUMENTED)]
+    assert (uses != []) == (file.name in ("private.py", "private_triton.py")), uses
