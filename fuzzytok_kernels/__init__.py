@@ -1,5 +1,6 @@
 """FuzzyTok kernels: dense causal dilated 1-D convolutions for PyTorch, and the byte-level tokenizer built from them."""
 
+from fuzzytok_kernels import flops as flops
 from fuzzytok_kernels import ops as ops
 from fuzzytok_kernels.functional import causal_conv1d
 from fuzzytok_kernels.nn import CausalConv1d, FuzzyTokenizer, ResidualCausalBlock, bits_per_byte

@@ -14,6 +14,7 @@ from torch import Tensor
 from fuzzytok_kernels import private, reference
 from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.layout import empty_output, empty_weight, laid_out_as
+from fuzzytok_kernels.support import runs_triton
 
 STORED_FROM = 2048  # C_in * K, from which on a training step stores the pre-activation of a fused op
 
@@ -211,8 +212,6 @@ class _CausalConv1dWeightGrad(_Function):
 @functools.cache
 def _implementation(name: str, device: torch.device) -> Callable:
     """What computes an op on `device`: its Triton launcher, which checks when it makes a plan, or the reference behind a check."""
-    from fuzzytok_kernels.support import runs_triton  # triton is imported at the first call, not at import
-
     if runs_triton(device):
         from fuzzytok_kernels import launch
 

@@ -17,10 +17,13 @@ REFERENCES = sorted(set(re.findall(r"`([\w/]+\.py)::([\w.]+)`", README)))
 
 
 def test_import_is_light():
-    """Neither Triton nor tqdm, and at most 0.3 s beyond what PyTorch itself takes."""
+    """At most 0.3 s beyond what PyTorch itself takes, of the processor's time, which a busy machine does not stretch.
+
+    Nearly all of it is Triton's import, which the registration of FLOP formulas brings with it.
+    """
     code = (
-        "import sys, time, torch; before = set(sys.modules); begin = time.perf_counter(); import fuzzytok_kernels, fuzzytok_kernels.cli;"
-        "print(time.perf_counter() - begin, *{'triton', 'tqdm'} & (set(sys.modules) - before))"
+        "import sys, time, torch; before = set(sys.modules); begin = time.process_time(); import fuzzytok_kernels, fuzzytok_kernels.cli;"
+        "print(time.process_time() - begin, *{'tqdm', 'fuzzytok_kernels.launch'} & (set(sys.modules) - before))"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT) for _ in range(3)]
     seconds, *imported = zip(*(run.stdout.split() for run in runs), strict=True)

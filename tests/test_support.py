@@ -69,11 +69,10 @@ def test_without_a_driver_the_reference(monkeypatch):
 CALL = "fuzzytok_kernels.causal_conv1d(torch.ones(1, 1, 2), torch.ones(1, 1, 1))"
 
 
-@pytest.mark.parametrize(("call", "then"), [("", "'triton' not in sys.modules"), (CALL, "True")], ids=["import", "call"])
-def test_import_needs_no_gpu(call, then):
-    """Neither import nor call touches CUDA, and the import alone leaves Triton out."""
-    code = f"import sys, torch, fuzzytok_kernels\n{call}\nassert {then} and not torch.cuda.is_initialized()"
-    run_python(code, CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("call", ["", CALL], ids=["import", "call"])
+def test_import_needs_no_gpu(call):
+    """Neither import nor call touches CUDA."""
+    run_python(f"import torch, fuzzytok_kernels\n{call}\nassert not torch.cuda.is_initialized()", CUDA_VISIBLE_DEVICES="")
 
 
 @interpreter_cannot("it keeps the grid in a global, so that threads mix theirs up")
