@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: one graph for all sizes, the same numbers."""
+"""torch.compile: one graph for all sizes, the same numbers; in every mode, inside activation checkpointing too."""
 
 import pytest
 import torch
@@ -57,13 +57,6 @@ def test_compiles_under_autocast(net, device):
         got, want = _run(compiled, net, x), _run(net, net, x)
     assert got["y"].dtype == HALF
     assert_same_bits(got, want)
-
-
-def test_exports_with_dynamic_sizes(net, device):
-    sizes = {0: torch.export.Dim("B"), 2: torch.export.Dim("T")}
-    exported = torch.export.export(net, (_x(2, 32, "channels-first", device),), dynamic_shapes=(sizes,)).module()
-    x = _x(5, 19, "channels-first", device)
-    assert torch.equal(exported(x), net(x))
 
 
 @needs_cuda
