@@ -1,8 +1,10 @@
 """torch.compile: one graph for all sizes, the same numbers; in every mode, inside activation checkpointing too."""
 
+import shutil
+
 import pytest
 import torch
-from modes import HALF, ON_CUDA, needs_cuda, run_python
+from modes import HALF, ON_CUDA, needs_cuda, needs_kernels, not_interpreted, run_python
 from oracle import assert_same_bits
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -59,16 +61,42 @@ def test_compiles_under_autocast(net, device):
     assert_same_bits(got, want)
 
 
+@needs_kernels
+def test_another_config_recompiles_nothing(net, device):
+    """Compiled code calls the op, which looks its config up: what the tuner finds later serves code that was compiled before."""
+    from fuzzytok_kernels import tuning
+
+    compiled = torch.compile(net, fullgraph=True, backend=BACKEND)
+    x = _x(2, 70, "channels-last", device)
+    want = _run(compiled, net, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for block in (32, 64):
+            with tuning.force(BLOCK_T=block), tuning.record_problems() as problems:
+                torch.testing.assert_close(_run(compiled, net, x), want, rtol=1e-3, atol=1e-3)
+            assert problems
+
+
+@not_interpreted
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on the CPU needs a C++ compiler")
+def test_inductor_with_max_autotune(net, device):
+    """Forward and backward in the order of operations that Inductor chooses."""
+    x = _x(3, 33, "channels-last", device)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, mode="max-autotune-no-cudagraphs")
+    torch.testing.assert_close(_run(compiled, net, x), _run(net, net, x), rtol=1e-3, atol=1e-3)
+
+
 @needs_cuda
-def test_cuda_graphs_in_a_fresh_process():
-    """mode="reduce-overhead" right after the import: the ops' first calls come while Inductor warms up and captures."""
-    run_python("""
-import torch
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_in_a_fresh_process(mode):
+    """Right after the import: the ops' first calls come while Inductor warms up and captures."""
+    run_python(
+        """
+import sys, torch
 from fuzzytok_kernels import CausalConv1d
 net = torch.nn.Sequential(CausalConv1d(16, 32, 3, dilation=2), torch.nn.ReLU(), CausalConv1d(32, 16, 3)).cuda()
-compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
-for _ in range(4):
-    x = torch.randn(4, 16, 64, device="cuda", requires_grad=True)
+compiled = torch.compile(net, mode="MODE", fullgraph=True)
+for T in [64] * 4 + [96] * 4:
+    x = torch.randn(4, 16, T, device="cuda", requires_grad=True)
     torch.compiler.cudagraph_mark_step_begin()
     y = compiled(x)
     got = y.detach().clone(), *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
@@ -76,4 +104,5 @@ for _ in range(4):
     want = y.detach(), *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
-""")
+""".replace("MODE", mode)
+    )
