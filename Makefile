@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint bench bench-check
+.PHONY: demo test test-gpu test-matrix test-oldest test-newest lint bench bench-check
 
 # FILE and TEXT reach the shell as environment variables, unexpanded, so that no quoting and no $ can break them.
 override FILE := $(value FILE)
@@ -21,6 +21,14 @@ test: .venv/installed
 
 test-gpu:
 	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) -m pytest -n auto --maxprocesses 14
+
+# The tests on the oldest PyTorch and Triton that the package allows, and on the newest that pip finds: several GB each, so never in CI.
+test-matrix: test-oldest test-newest
+pair-oldest := torch==2.11.* triton==3.6.* 'numpy<2.4'  # the interpreter of Triton 3.6 breaks on newer ones
+pair-newest := torch triton
+test-oldest test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest -n auto --maxprocesses 8
+	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
@@ -40,6 +48,11 @@ bench-check: .venv/installed-bench
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-%/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $(pair-$*) --editable '.[test]'
 	touch $@
 
 .venv/installed-bench: .venv/installed

@@ -53,6 +53,16 @@ def test_what_the_readme_points_to_exists(file, name):
         scope = found[0].body
 
 
+def test_every_feature_is_shown_by_a_test():
+    rows = (
+        README.partition("| what | PyTorch's `conv1d` | this package | shown by |\n|---|---|---|---|\n")[2]
+        .partition("\n\n")[0]
+        .splitlines()
+    )
+    assert len(rows) >= 20
+    assert [row for row in rows if not re.fullmatch(r"(\| [^|]+ ){3}\| (`tests/\w+\.py::test_\w+`(, )?)+ \|", row)] == []
+
+
 def test_every_equation_is_in_the_readme():
     for number in range(1, 9):
         assert re.search(rf"^\| Eq\. .*\b{number}\b.*\|", README, re.MULTILINE)
