@@ -13,9 +13,10 @@ import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot
+from fuzzytok_kernels.profile import conv_metadata, conv_name
 
 
-@triton.jit(do_not_specialize=["B", "shift"])
+@triton.jit(do_not_specialize=["B", "shift"], repr=conv_name("tma"), launch_metadata=conv_metadata)
 def conv_tma_kernel(
     x, weight, bias, extra, y, B, T, c_in, c_out, shift, stride_bias,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
@@ -51,7 +52,7 @@ def conv_tma_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["shift"])
+@triton.jit(do_not_specialize=["shift"], repr=conv_name("pointer"), launch_metadata=conv_metadata)
 def conv_pointer_kernel(
     x, weight, bias, extra, y, T, c_in, c_out, shift, stride_bias,
     stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi,

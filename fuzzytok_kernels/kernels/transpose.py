@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from fuzzytok_kernels.profile import fixed_name, moved_metadata
 
-@triton.jit
+
+@triton.jit(repr=fixed_name("causal_conv1d_channels_last"), launch_metadata=moved_metadata)
 def channels_last_kernel(x, out, T, channels, stride_b, stride_c, stride_t, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """x (B, C, T) of any strides -> out contiguous [B, T, C]; offsets are 64-bit, one grid axis counts all tiles."""
     n_c, n_t = tl.cdiv(channels, BLOCK_C), tl.cdiv(T, BLOCK_T)

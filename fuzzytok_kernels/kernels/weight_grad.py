@@ -12,9 +12,14 @@ import triton
 import triton.language as tl
 
 from fuzzytok_kernels.kernels.dot import dot
+from fuzzytok_kernels.profile import fixed_name, moved_metadata, weight_grad_metadata
 
 
-@triton.jit(do_not_specialize=["B", "shift", "n_splits"])
+@triton.jit(
+    do_not_specialize=["B", "shift", "n_splits"],
+    repr=fixed_name("causal_conv1d_weight_grad_tma"),
+    launch_metadata=weight_grad_metadata,
+)
 def weight_grad_tma_kernel(
     grad_y, x, weight_out, bias_out, B, T, c_in, c_out, shift, n_splits,
     K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
@@ -46,7 +51,11 @@ def weight_grad_tma_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["B", "shift", "n_splits"])
+@triton.jit(
+    do_not_specialize=["B", "shift", "n_splits"],
+    repr=fixed_name("causal_conv1d_weight_grad_pointer"),
+    launch_metadata=weight_grad_metadata,
+)
 def weight_grad_pointer_kernel(
     grad_y, x, weight_out, bias_out, B, T, c_in, c_out, shift, n_splits,
     stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
@@ -90,7 +99,11 @@ def weight_grad_pointer_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_splits", "n_shares"])
+@triton.jit(
+    do_not_specialize=["n_splits", "n_shares"],
+    repr=fixed_name("causal_conv1d_weight_grad_reduce"),
+    launch_metadata=moved_metadata,
+)
 def reduce_partials_kernel(
     partial, grad_weight, grad_bias, n_weight, n_bias, n_splits, n_shares, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):

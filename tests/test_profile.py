@@ -1,0 +1,76 @@
+"""What profiles say of the kernels: names that tell what runs, FLOPs and bytes. Compiled for an H100 that is not there."""
+
+import pytest
+from modes import not_interpreted, run_python
+
+pytest.importorskip("triton")
+pytestmark = not_interpreted
+
+LAUNCHED = """
+import torch, triton
+from fuzzytok_kernels import launch, support
+from fuzzytok_kernels.private_triton import GPUTarget, driver
+from fuzzytok_kernels.tuning import force
+from fuzzytok_kernels.tuning.compile import _Pretended
+
+class Launches(_Pretended):
+    def launcher_cls(self, source, metadata):
+        return lambda *args: launches.append(next(arg for arg in args if hasattr(arg, "get") and hasattr(arg, "data")).get())
+
+launches = []
+driver.set_active(Launches(GPUTarget("cuda", 90, 32)))
+support.cpu_facts = support.Facts(multiprocessors=64, descriptors=True, tf32=True)
+triton.knobs.runtime.launch_enter_hook = lambda metadata: None  # what a profiler sets
+
+B, c_in, c_out, T, K = 2, 32, 64, 48, 3
+x, residual, grad_y = (torch.empty(B, T, C, dtype=torch.bfloat16).mT for C in (c_in, c_out, c_out))
+weight, bias = torch.empty(K, c_out, c_in, dtype=torch.bfloat16).permute(1, 2, 0), torch.empty(c_out, dtype=torch.bfloat16)
+products, weights, of_x, of_y = 2 * B * T * c_in * c_out * K, 2 * K * c_in * c_out, 2 * B * T * c_in, 2 * B * T * c_out
+
+def check(call, names, flops, moved):
+    launches.clear()
+    call()
+    assert [launch["name"] for launch in launches] == names, launches
+    for i in range(2):  # the second launch goes past Triton's binder
+        assert launches[0].get("flops16", 0) == flops, launches[0]
+        assert moved is None or launches[0]["bytes"] == moved, launches[0]
+        launches.clear()
+        call()
+
+for path in ("tma", "pointer"):
+    with force(path=path, BLOCK_T=64, num_stages=2):
+        check(lambda: launch.causal_conv1d(x, weight, bias, 2), [f"causal_conv1d_{path}"], products, of_x + weights + of_y)
+        fused = lambda: launch.causal_conv1d_fused(x, weight, bias, residual, 2, "gelu")
+        check(fused, [f"causal_conv1d_gelu_residual_{path}"], products, of_x + weights + 2 * of_y)
+        gradient = lambda: launch.causal_conv1d_activation_grad(grad_y, x, weight, bias, 2, "silu")
+        check(gradient, [f"causal_conv1d_activation_grad_silu_{path}"], products, of_x + weights + 2 * of_y)
+        gradient = lambda: launch.causal_conv1d_input_grad(grad_y, weight, 2)
+        check(gradient, [f"causal_conv1d_input_grad_{path}"], products, of_x + weights + of_y)
+        both = [f"causal_conv1d_weight_grad_{path}", "causal_conv1d_weight_grad_reduce"]
+        check(lambda: launch.causal_conv1d_weight_grad(grad_y, x, K, 2), both, products, None)
+with force(path="tma", BLOCK_T=64):
+    first = x.contiguous()  # is copied to channels-last
+    copied = ["causal_conv1d_channels_last", "causal_conv1d_tma"]
+    check(lambda: launch.causal_conv1d(first, weight, bias, 2), copied, 0, 2 * of_x)
+"""
+
+
+def test_names_flops_and_bytes():
+    """On both paths, of a cold launch and of a warm one."""
+    run_python(LAUNCHED)
+
+
+def test_no_figures_without_a_profiler():
+    """Then a launch makes no dictionary at all."""
+    run_python(
+        LAUNCHED.partition("B, c_in")[0].replace("launch_enter_hook = lambda metadata: None", "launch_enter_hook = None")
+        + """
+from fuzzytok_kernels.private_triton import driver
+class Launches(_Pretended):
+    def launcher_cls(self, source, metadata):
+        return lambda *args: launches.append(any(hasattr(arg, "data") and hasattr(arg, "get") for arg in args))
+driver.set_active(Launches(GPUTarget("cuda", 90, 32)))
+launch.causal_conv1d(torch.empty(1, 48, 32).mT, torch.empty(32, 32, 1))
+assert launches and not any(launches)
+"""
+    )
