@@ -38,7 +38,7 @@ def check(call, names, flops, moved):
         call()
 
 for path in ("tma", "pointer"):
-    with force(path=path, BLOCK_T=64, num_stages=2):
+    with force(path=path, BLOCK_T=16, BLOCK_C_IN=16, BLOCK_C_OUT=32, num_warps=4, num_stages=2):
         check(lambda: launch.causal_conv1d(x, weight, bias, 2), [f"causal_conv1d_{path}"], products, of_x + weights + of_y)
         fused = lambda: launch.causal_conv1d_fused(x, weight, bias, residual, 2, "gelu")
         check(fused, [f"causal_conv1d_gelu_residual_{path}"], products, of_x + weights + 2 * of_y)
@@ -48,7 +48,7 @@ for path in ("tma", "pointer"):
         check(gradient, [f"causal_conv1d_input_grad_{path}"], products, of_x + weights + of_y)
         both = [f"causal_conv1d_weight_grad_{path}", "causal_conv1d_weight_grad_reduce"]
         check(lambda: launch.causal_conv1d_weight_grad(grad_y, x, K, 2), both, products, None)
-with force(path="tma", BLOCK_T=64):
+with force(path="tma", BLOCK_T=16, BLOCK_C_IN=16, BLOCK_C_OUT=32, num_warps=4, num_stages=2):
     first = x.contiguous()  # is copied to channels-last
     copied = ["causal_conv1d_channels_last", "causal_conv1d_tma"]
     check(lambda: launch.causal_conv1d(first, weight, bias, 2), copied, 0, 2 * of_x)
