@@ -62,7 +62,7 @@ def test_compiles_under_autocast(net, device):
 
 
 @needs_kernels
-def test_another_config_recompiles_nothing(net, device):
+def test_another_config_recompiles_nothing(net, device, strict):
     """Compiled code calls the op, which looks its config up: what the tuner finds later serves code that was compiled before."""
     from fuzzytok_kernels import tuning
 
@@ -78,7 +78,7 @@ def test_another_config_recompiles_nothing(net, device):
 
 @not_interpreted
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on the CPU needs a C++ compiler")
-def test_inductor_with_max_autotune(net, device):
+def test_inductor_with_max_autotune(net, device, strict):
     """Forward and backward in the order of operations that Inductor chooses."""
     x = _x(3, 33, "channels-last", device)
     compiled = torch.compile(net, fullgraph=True, dynamic=True, mode="max-autotune-no-cudagraphs")
@@ -91,7 +91,7 @@ def test_cuda_graphs_in_a_fresh_process(mode):
     """Right after the import: the ops' first calls come while Inductor warms up and captures."""
     run_python(
         """
-import sys, torch
+import torch
 from fuzzytok_kernels import CausalConv1d
 net = torch.nn.Sequential(CausalConv1d(16, 32, 3, dilation=2), torch.nn.ReLU(), CausalConv1d(32, 16, 3)).cuda()
 compiled = torch.compile(net, mode="MODE", fullgraph=True)
