@@ -1,9 +1,11 @@
 """What the ops accept. Each op and its fake call the same check, so that every caller gets the same one-line error."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fuzzytok_kernels.reference import ACTIVATIONS, GATES
 
@@ -34,10 +36,18 @@ def check_causal_conv1d(x: Checkable, weight: Checkable, bias: Checkable | None 
 
 
 def check_causal_conv1d_fused(
-    x: Checkable, weight: Checkable, bias: Checkable | None, residual: Checkable | None, dilation: int, activation: str
+    x: Checkable,
+    weight: Checkable,
+    bias: Checkable | None,
+    residual: Checkable | None,
+    initial_state: Checkable | None,
+    cu_seqlens: Checkable | None,
+    dilation: int,
+    activation: str,
 ) -> None:
-    """As `check_causal_conv1d`; besides, raise ValueError for an activation that there is not, or a residual that is not like y."""
+    """As `check_causal_conv1d`; besides, raise for an activation that there is not, a residual that is not like y, or other sequences."""
     check_causal_conv1d(x, weight, bias, dilation)
+    _check_sequences(x, weight, initial_state, cu_seqlens, dilation)
     check_activation(activation)
     expected = (x.shape[0], _produced(weight, activation), x.shape[2])
     if residual is not None:
@@ -46,10 +56,18 @@ def check_causal_conv1d_fused(
 
 
 def check_causal_conv1d_activation_grad(
-    grad_y: Checkable, x: Checkable, weight: Checkable, bias: Checkable | None, dilation: int, activation: str
+    grad_y: Checkable,
+    x: Checkable,
+    weight: Checkable,
+    bias: Checkable | None,
+    initial_state: Checkable | None,
+    cu_seqlens: Checkable | None,
+    dilation: int,
+    activation: str,
 ) -> None:
-    """As `check_causal_conv1d`; besides, raise ValueError for an activation that there is not, or a grad_y that is not like y."""
+    """As `check_causal_conv1d`; besides, raise for an activation that there is not, a grad_y that is not like y, or other sequences."""
     check_causal_conv1d(x, weight, bias, dilation)
+    _check_sequences(x, weight, initial_state, cu_seqlens, dilation)
     check_activation(activation)
     if activation == "none":
         raise ValueError("activation is 'none'; expected one that has a gradient of its own")
@@ -57,7 +75,9 @@ def check_causal_conv1d_activation_grad(
     _check_shape("grad_y", grad_y, (x.shape[0], _produced(weight, activation), x.shape[2]), "the output's")
 
 
-def check_causal_conv1d_input_grad(grad_y: Checkable, weight: Checkable, dilation: int = 1, residual: Checkable | None = None) -> None:
+def check_causal_conv1d_input_grad(
+    grad_y: Checkable, weight: Checkable, dilation: int = 1, residual: Checkable | None = None, cu_seqlens: Checkable | None = None
+) -> None:
     """Raise ValueError or TypeError unless grad_y (B, C_out, T), weight (C_out, C_in, K) and residual (B, C_in, T) go together."""
     _check_sequence("grad_y", grad_y)
     _check_weight(weight, grad_y, channels=0, of="grad_y's channels (C_out)", name="grad_y")
@@ -65,9 +85,13 @@ def check_causal_conv1d_input_grad(grad_y: Checkable, weight: Checkable, dilatio
     if residual is not None:
         _check_like("residual", residual, "grad_y", grad_y)
         _check_shape("residual", residual, (grad_y.shape[0], weight.shape[1], grad_y.shape[2]), "grad_x's")
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, "grad_y", grad_y)
 
 
-def check_causal_conv1d_weight_grad(grad_y: Checkable, x: Checkable, kernel_size: int, dilation: int = 1) -> None:
+def check_causal_conv1d_weight_grad(
+    grad_y: Checkable, x: Checkable, kernel_size: int, dilation: int = 1, cu_seqlens: Checkable | None = None
+) -> None:
     """Raise ValueError or TypeError unless grad_y (B, C_out, T) and x (B, C_in, T) go together."""
     _check_sequence("grad_y", grad_y)
     _check_sequence("x", x)
@@ -76,6 +100,8 @@ def check_causal_conv1d_weight_grad(grad_y: Checkable, x: Checkable, kernel_size
         raise ValueError(f"x has shape {tuple(x.shape)}; its batch and time must equal those of grad_y, {tuple(grad_y.shape)}")
     check_positive("kernel_size", kernel_size)
     check_positive("dilation", dilation)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, "grad_y", grad_y)
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -85,6 +111,18 @@ CHECKS: dict[str, Callable[..., None]] = {
     "causal_conv1d_input_grad": check_causal_conv1d_input_grad,
     "causal_conv1d_weight_grad": check_causal_conv1d_weight_grad,
 }
+
+
+def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
+    """Raise ValueError unless the values of `cu_seqlens` begin with 0, never decrease, and end with T. Waits for a GPU to have them."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"cu_seqlens begins with {values[0]}; expected 0")
+    for n, (start, end) in enumerate(pairwise(values)):
+        if start > end:
+            raise ValueError(f"cu_seqlens falls from {start} to {end} at number {n + 1}; expected values that never decrease")
+    if values[-1] != T:
+        raise ValueError(f"cu_seqlens ends with {values[-1]}; expected the time steps of the packed batch, {T}")
 
 
 def check_activation(activation: str) -> None:
@@ -100,6 +138,27 @@ def _produced(weight: Checkable, activation: str) -> int:
     if channels % 2 != 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; {activation!r} halves the output channels, which must be even")
     return channels // 2
+
+
+def _check_sequences(x: Checkable, weight: Checkable, initial_state: Checkable | None, cu_seqlens: Checkable | None, dilation: int) -> None:
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, "x", x)
+    if initial_state is not None:
+        _check_like("initial_state", initial_state, "x", x)
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        expected = (rows, x.shape[1], (weight.shape[2] - 1) * dilation)
+        _check_shape("initial_state", initial_state, expected, "one row a sequence, (K - 1) * dilation steps,")
+
+
+def _check_cu_seqlens(cu_seqlens: Checkable, name: str, x: Checkable) -> None:
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; expected the device of {name}, {x.device}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32")
+    if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (N + 1,), the boundaries of N sequences")
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected a batch of one where cu_seqlens is given: sequences lie end to end")
 
 
 def _check_shape(name: str, value: Checkable, expected: tuple, whose: str) -> None:

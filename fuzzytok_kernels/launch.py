@@ -27,6 +27,7 @@ from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
 from fuzzytok_kernels.tuning.problem import describable
 from fuzzytok_kernels.tuning.space import default_config
 
+_Maybe = Tensor | None
 _plans = functools.lru_cache(maxsize=4096)  # for each op; a training run whose T changes makes one for every (B, T)
 
 # Tensor cores cut what they add to fp32 off, always towards zero: after 16 million steps 1 % was gone (seen on an H100, T = 2**31).
@@ -36,30 +37,62 @@ _LONGEST_SUM = 4096  # blocks of time that one accumulator takes
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,) -> y (B, C_out, T)."""
     plan = _forward_plan(traits(x), traits(weight), _traits_or_none(bias), dilation, _dtype_name(x), tuning.generation())
-    return plan(x, weight, bias, None)
+    return plan(x, weight, bias, None, None, None)
 
 
-def causal_conv1d_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dilation: int, activation: str) -> Tensor:
-    """x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,), residual (B, C, T) -> y (B, C, T); C is C_out, or half of it for a gate."""
-    traits_of_all = traits(x), traits(weight), _traits_or_none(bias), _traits_or_none(residual)
-    return _fused_plan(*traits_of_all, dilation, activation, _dtype_name(x), tuning.generation())(x, weight, bias, residual)
+def causal_conv1d_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dilation: int,
+    activation: str,
+) -> Tensor:
+    """x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,), residual (B, C, T) -> y (B, C, T); C is C_out, or half of it for a gate.
+
+    initial_state (N, C_in, (K - 1) * dilation), cu_seqlens (N + 1,).
+    """
+    tensors = x, weight, bias, residual, initial_state, _contiguous(cu_seqlens)
+    return _fused_plan(*map(_traits_or_none, tensors), dilation, activation, _dtype_name(x), tuning.generation())(*tensors)
 
 
-def causal_conv1d_activation_grad(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str) -> Tensor:
-    """grad_y (B, C, T), x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,) -> the gradient (B, C_out, T) before the activation."""
-    traits_of_all = traits(grad_y), traits(x), traits(weight), _traits_or_none(bias)
-    return _activation_grad_plan(*traits_of_all, dilation, activation, _dtype_name(x), tuning.generation())(x, weight, bias, grad_y)
+def causal_conv1d_activation_grad(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dilation: int,
+    activation: str,
+) -> Tensor:
+    """grad_y (B, C, T), x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,) -> the gradient (B, C_out, T) before the activation.
+
+    initial_state (N, C_in, (K - 1) * dilation), cu_seqlens (N + 1,).
+    """
+    tensors = x, weight, bias, grad_y, initial_state, _contiguous(cu_seqlens)
+    return _activation_grad_plan(*map(_traits_or_none, tensors), dilation, activation, _dtype_name(x), tuning.generation())(*tensors)
 
 
-def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1, residual: Tensor | None = None) -> Tensor:
-    """grad_y (B, C_out, T), weight (C_out, C_in, K), residual (B, C_in, T) -> grad_x (B, C_in, T)."""
-    plan = _input_grad_plan(traits(grad_y), traits(weight), dilation, _traits_or_none(residual), _dtype_name(grad_y), tuning.generation())
-    return plan(grad_y, weight, None, residual)
+def causal_conv1d_input_grad(
+    grad_y: Tensor, weight: Tensor, dilation: int = 1, residual: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """grad_y (B, C_out, T), weight (C_out, C_in, K), residual (B, C_in, T), cu_seqlens (N + 1,) -> grad_x (B, C_in, T)."""
+    cu_seqlens = _contiguous(cu_seqlens)
+    traits_of_all = traits(grad_y), traits(weight), _traits_or_none(residual), _traits_or_none(cu_seqlens)
+    plan = _input_grad_plan(*traits_of_all, dilation, _dtype_name(grad_y), tuning.generation())
+    return plan(grad_y, weight, None, residual, None, cu_seqlens)
 
 
-def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
-    """grad_y (B, C_out, T), x (B, C_in, T) -> grad_weight (C_out, C_in, K), grad_bias (C_out,)."""
-    return _weight_grad_plan(traits(grad_y), traits(x), kernel_size, dilation, _dtype_name(x), tuning.generation())(grad_y, x)
+def causal_conv1d_weight_grad(
+    grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """grad_y (B, C_out, T), x (B, C_in, T), cu_seqlens (N + 1,) -> grad_weight (C_out, C_in, K), grad_bias (C_out,)."""
+    cu_seqlens = _contiguous(cu_seqlens)
+    traits_of_all = traits(grad_y), traits(x), _traits_or_none(cu_seqlens)
+    return _weight_grad_plan(*traits_of_all, kernel_size, dilation, _dtype_name(x), tuning.generation())(grad_y, x, cu_seqlens)
 
 
 # ---- plans: what the tensors' traits decide
@@ -69,38 +102,67 @@ def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilat
 def _forward_plan(x: Traits, weight: Traits, bias: Traits | None, dilation: int, dtype: str, generation: int) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d"](x, weight, bias, dilation)
     problem = _problem("causal_conv1d", x, weight, dtype, dilation)
-    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, _NOTHING, dilation))
+    conv = functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, _NOTHING, _Sequences(None, None), dilation)
+    return _plan(problem, x.device, conv)
 
 
 @_plans
 def _fused_plan(
-    x: Traits, weight: Traits, bias: Traits | None, residual: Traits | None, dilation: int, activation: str, dtype: str, generation: int
+    x: Traits,
+    weight: Traits,
+    bias: Traits | None,
+    residual: Traits | None,
+    state: Traits | None,
+    cu_seqlens: Traits | None,
+    dilation: int,
+    activation: str,
+    dtype: str,
+    generation: int,
 ) -> Callable[..., Tensor]:
-    CHECKS["causal_conv1d_fused"](x, weight, bias, residual, dilation, activation)
-    problem = _problem("causal_conv1d_fused", x, weight, dtype, dilation, "residual" if activation == "none" else activation)
-    after = _After(activation, "none" if residual is None else "residual", residual)
-    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, dilation))
+    CHECKS["causal_conv1d_fused"](x, weight, bias, residual, state, cu_seqlens, dilation, activation)
+    after, sequences = _After(activation, "none" if residual is None else "residual", residual), _Sequences(state, cu_seqlens)
+    if after == _NOTHING:
+        problem = _problem("causal_conv1d", x, weight, dtype, dilation, state=state)
+    else:
+        epilogue = "residual" if activation == "none" else activation
+        problem = _problem("causal_conv1d_fused", x, weight, dtype, dilation, epilogue, state)
+    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation))
 
 
 @_plans
 def _activation_grad_plan(
-    grad_y: Traits, x: Traits, weight: Traits, bias: Traits | None, dilation: int, activation: str, dtype: str, generation: int
+    x: Traits,
+    weight: Traits,
+    bias: Traits | None,
+    grad_y: Traits,
+    state: Traits | None,
+    cu_seqlens: Traits | None,
+    dilation: int,
+    activation: str,
+    dtype: str,
+    generation: int,
 ) -> Callable[..., Tensor]:
-    CHECKS["causal_conv1d_activation_grad"](grad_y, x, weight, bias, dilation, activation)
-    problem = _problem("causal_conv1d_activation_grad", x, weight, dtype, dilation, activation)
-    after = _After(activation, "grad_y", grad_y)
-    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, dilation))
+    CHECKS["causal_conv1d_activation_grad"](grad_y, x, weight, bias, state, cu_seqlens, dilation, activation)
+    problem = _problem("causal_conv1d_activation_grad", x, weight, dtype, dilation, activation, state)
+    after, sequences = _After(activation, "grad_y", grad_y), _Sequences(state, cu_seqlens)
+    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation))
 
 
 @_plans
 def _input_grad_plan(
-    grad_y: Traits, weight: Traits, dilation: int, residual: Traits | None, dtype: str, generation: int
+    grad_y: Traits,
+    weight: Traits,
+    residual: Traits | None,
+    cu_seqlens: Traits | None,
+    dilation: int,
+    dtype: str,
+    generation: int,
 ) -> Callable[..., Tensor]:
-    CHECKS["causal_conv1d_input_grad"](grad_y, weight, dilation, residual)
+    CHECKS["causal_conv1d_input_grad"](grad_y, weight, dilation, residual, cu_seqlens)
     kind = "none" if residual is None else "residual"
     problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, kind)
-    after = _After("none", kind, residual)
-    return _plan(problem, grad_y.device, functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, -dilation))
+    after, sequences = _After("none", kind, residual), _Sequences(None, cu_seqlens)
+    return _plan(problem, grad_y.device, functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation))
 
 
 def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable]) -> Callable:
@@ -133,8 +195,28 @@ class _After(NamedTuple):
 _NOTHING = _After("none", "none", None)
 
 
+class _Sequences(NamedTuple):
+    """What lies before the first steps, and where those are, if not zeros and the beginning of each row."""
+
+    state: Traits | None
+    cu_seqlens: Traits | None
+
+    @property
+    def numbers(self) -> tuple[int | None, ...]:
+        """How many sequences are packed, and the strides of the state."""
+        return (self.cu_seqlens.shape[0] - 1 if self.cu_seqlens else None, *(self.state.strides if self.state else (None,) * 3))
+
+
 def _conv(
-    problem: Problem, x: Traits, weight: Traits, axes: tuple, bias: Traits | None, after: _After, shift: int, config: Config
+    problem: Problem,
+    x: Traits,
+    weight: Traits,
+    axes: tuple,
+    bias: Traits | None,
+    after: _After,
+    sequences: _Sequences,
+    shift: int,
+    config: Config,
 ) -> Callable[..., Tensor]:
     """p[t] = bias + sum_k weight[k] @ x[t - k*shift], and what comes after; `axes` make of the weight a (K, C_out, C_in)."""
     (B, c_in, T), (K, c_out, _) = x.shape, (weight.shape[axis] for axis in axes)
@@ -144,20 +226,22 @@ def _conv(
     strides = output_strides(x.strides, channels, T)
     allocate = functools.partial(torch.empty_strided, (B, channels, T), strides, dtype=x.dtype, device=x.device)
     if B * T == 0:
-        return lambda x, weight, bias, extra: allocate()
-    shift = max(-T, min(shift, T))  # a tap further back than T sees zeros alone
+        return lambda *tensors: allocate()
+    if sequences.state is None:
+        shift = max(-T, min(shift, T))  # a tap further back than T sees zeros alone
     stride_bias = 0 if bias is None else bias.strides[0]
     strides_of_extra = after.extra.strides if after.extra else (0, 0, 0)
     constants = (K, parts, bias is not None, after.activation, after.kind, _precision(problem, x.device))
     tiles = B * cdiv(T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
+    packed = sequences.cu_seqlens is not None
     if config.path == "pointer":
-        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config)
+        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, asserts=packed)
         strides_of_weight = [weight.strides[axis] for axis in axes]
-        numbers = (T, c_in, c_out, shift, stride_bias, *x.strides, *strides_of_weight, *strides_of_extra, *strides)
+        numbers = (T, c_in, c_out, shift, stride_bias, *x.strides, *strides_of_weight, *strides_of_extra, *strides, *sequences.numbers)
 
-        def launch_pointers(x: Tensor, weight: Tensor, bias: Tensor | None, extra: Tensor | None) -> Tensor:
+        def launch_pointers(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
             y = allocate()
-            pointer_kernel(x, weight, bias, extra, y, *numbers)
+            pointer_kernel(x, weight, bias, extra, y, state, cu_seqlens, *numbers)
             return y
 
         return launch_pointers
@@ -167,16 +251,17 @@ def _conv(
     described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
     read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half) if described and after.extra else as_it_is
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
-    flatten = after.kind == "none"  # a second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us
-    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config)
+    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. Two inner loops cannot be flattened.
+    flatten = after.kind == "none" and sequences == (None, None)
+    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, asserts=packed)
     width = channels // parts_of_y
     y_shape, y_strides, y_block = [B, T, parts_of_y, width], [strides[0], strides[2], width, 1], [1, config.BLOCK_T, 1, half]
-    numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *strides)
+    numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *strides, *sequences.numbers)
 
-    def launch_descriptors(x: Tensor, weight: Tensor, bias: Tensor | None, extra: Tensor | None) -> Tensor:
+    def launch_descriptors(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
         y = allocate()
         out = TensorDescriptor(y, y_shape, y_strides, y_block) if described else y
-        tma_kernel(read_x(x), read_weight(weight), bias, read_extra(extra), out, *numbers)
+        tma_kernel(read_x(x), read_weight(weight), bias, read_extra(extra), out, state, cu_seqlens, *numbers)
         return y
 
     return launch_descriptors
@@ -184,18 +269,20 @@ def _conv(
 
 @_plans
 def _weight_grad_plan(
-    grad_y: Traits, x: Traits, kernel_size: int, dilation: int, dtype: str, generation: int
+    grad_y: Traits, x: Traits, cu_seqlens: Traits | None, kernel_size: int, dilation: int, dtype: str, generation: int
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    CHECKS["causal_conv1d_weight_grad"](grad_y, x, kernel_size, dilation)
+    CHECKS["causal_conv1d_weight_grad"](grad_y, x, kernel_size, dilation, cu_seqlens)
     (B, c_out, T), c_in = grad_y.shape, x.shape[1]
     if B * T == 0:
-        return lambda grad_y, x: (empty_weight(x, c_out, c_in, kernel_size).zero_(), x.new_zeros(c_out))
+        return lambda grad_y, x, cu_seqlens: (empty_weight(x, c_out, c_in, kernel_size).zero_(), x.new_zeros(c_out))
     weight = x._replace(shape=torch.Size((c_out, c_in, kernel_size)))
     problem = _problem("causal_conv1d_weight_grad", grad_y, weight, dtype, dilation)
-    return _plan(problem, x.device, functools.partial(_weight_grad, problem, grad_y, x, min(dilation, T)))
+    return _plan(problem, x.device, functools.partial(_weight_grad, problem, grad_y, x, cu_seqlens, min(dilation, T)))
 
 
-def _weight_grad(problem: Problem, grad_y: Traits, x: Traits, shift: int, config: Config) -> Callable[..., tuple[Tensor, Tensor]]:
+def _weight_grad(
+    problem: Problem, grad_y: Traits, x: Traits, cu_seqlens: Traits | None, shift: int, config: Config
+) -> Callable[..., tuple[Tensor, Tensor]]:
     (B, c_out, T), c_in, kernel_size = grad_y.shape, x.shape[1], problem.kernel_size
     shares = cdiv(kernel_size, config.TAPS) * cdiv(c_in, config.BLOCK_C_IN)
     tiles, steps = shares * cdiv(c_out, config.BLOCK_C_OUT), B * cdiv(T, config.BLOCK_T)
@@ -203,7 +290,7 @@ def _weight_grad(problem: Problem, grad_y: Traits, x: Traits, shift: int, config
     splits = min(steps, max(filling, cdiv(steps, _LONGEST_SUM)))
     direct = splits == 1
     constants = kernel_size, _precision(problem, x.device), direct
-    numbers: tuple[int, ...] = (B, T, c_in, c_out, shift, splits)
+    numbers: tuple[int | None, ...] = (B, T, c_in, c_out, shift, splits, _Sequences(None, cu_seqlens).numbers[0])
     read_grad_y: Callable[[Tensor], Any] = as_it_is
     read_x: Callable[[Tensor], Any] = as_it_is
     if config.path == "tma":
@@ -215,13 +302,13 @@ def _weight_grad(problem: Problem, grad_y: Traits, x: Traits, shift: int, config
         numbers += (*grad_y.strides, *x.strides)
     reduce, weights = _reduction(splits, kernel_size * c_out * c_in, c_out), kernel_size * c_out * c_in
 
-    def launch(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def launch(grad_y: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         grad_weight, grad_bias = empty_weight(x, c_out, c_in, kernel_size), x.new_empty(c_out)
         if direct:
-            kernel(read_grad_y(grad_y), read_x(x), grad_weight, grad_bias, *numbers)
+            kernel(read_grad_y(grad_y), read_x(x), grad_weight, grad_bias, cu_seqlens, *numbers)
         else:
             partial = x.new_empty(splits * (weights + shares * c_out), dtype=torch.float32)
-            kernel(read_grad_y(grad_y), read_x(x), partial, partial, *numbers)
+            kernel(read_grad_y(grad_y), read_x(x), partial, partial, cu_seqlens, *numbers)
             reduce(partial, grad_weight, grad_bias, weights, c_out, splits, shares)
         return grad_weight, grad_bias
 
@@ -238,9 +325,10 @@ def _reduction(splits: int, weights: int, c_out: int) -> Kernel:
 # ---- the problem
 
 
-def _problem(op: str, x: Traits, weight: Traits, dtype: str, dilation: int, epilogue: str = "none") -> Problem:
+def _problem(op: str, x: Traits, weight: Traits, dtype: str, dilation: int, epilogue: str = "none", state: Traits | None = None) -> Problem:
     (B, _, T), (c_out, c_in, K) = x.shape, weight.shape
-    aligned = facts(x.device).descriptors and describable(c_in, c_out, K, epilogue, x.dtype.itemsize, T, dilation)
+    reach = T if state is None else T + dilation  # a tap further back than T sees the state
+    aligned = facts(x.device).descriptors and describable(c_in, c_out, K, epilogue, x.dtype.itemsize, reach, dilation)
     layout = "last" if is_channels_last(x.strides) else "first"
     return Problem(op, dtype, layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T))
 
@@ -270,5 +358,9 @@ def _device_index(device: torch.device) -> int:
     return -1 if device.type == "cpu" else device.index
 
 
-def _traits_or_none(x: Tensor | None) -> Traits | None:
+def _contiguous(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
+def _traits_or_none(x: Tensor | None) -> Any:
     return None if x is None else traits(x)

@@ -36,14 +36,33 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilatio
     return in_layout_of(out, y.squeeze(2))
 
 
-def causal_conv1d_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dilation: int, activation: str) -> Tensor:
+def causal_conv1d_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dilation: int,
+    activation: str,
+) -> Tensor:
     """x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,), residual (B, C, T) -> y (B, C, T); C is C_out, or half of it for a gate.
 
-    `y = residual + activation(causal_conv1d(x, weight, bias, dilation))`.
+    `y = residual + activation(p)`, where p is the `causal_conv1d` of each sequence behind its initial state (N, C_in, (K - 1) * dilation).
     """
     channels = weight.shape[0] // 2 if activation in GATES else weight.shape[0]
-    y = activated(causal_conv1d(x, weight, bias, dilation), residual, activation)
+    y = activated(_convolved(x, weight, bias, initial_state, cu_seqlens, dilation), residual, activation)
     return in_layout_of(empty_output(x, channels), y)
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, dilation: int
+) -> Tensor:
+    if (initial_state is None and cu_seqlens is None) or x.numel() == 0:
+        return causal_conv1d(x, weight, bias, dilation)
+    dilation = _within(cu_seqlens, dilation) if initial_state is None else dilation
+    history = (weight.shape[2] - 1) * dilation
+    return _apart(causal_conv1d(_behind(x, history, initial_state, cu_seqlens), weight, bias, dilation), history, cu_seqlens)
 
 
 def activated(p: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -52,9 +71,18 @@ def activated(p: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     return y if residual is None else residual + y
 
 
-def causal_conv1d_activation_grad(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str) -> Tensor:
+def causal_conv1d_activation_grad(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dilation: int,
+    activation: str,
+) -> Tensor:
     """grad_y (B, C, T), x (B, C_in, T), weight (C_out, C_in, K), bias (C_out,) -> the gradient (B, C_out, T) before the activation."""
-    grad_p = activation_grad(grad_y, causal_conv1d(x, weight, bias, dilation), activation)
+    grad_p = activation_grad(grad_y, _convolved(x, weight, bias, initial_state, cu_seqlens, dilation), activation)
     return in_layout_of(empty_output(x, weight.shape[0]), grad_p)
 
 
@@ -76,15 +104,22 @@ def activation_grad(grad_y: Tensor, p: Tensor, activation: str) -> Tensor:
     return grad_y
 
 
-def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1, residual: Tensor | None = None) -> Tensor:
+def causal_conv1d_input_grad(
+    grad_y: Tensor, weight: Tensor, dilation: int = 1, residual: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """grad_y (B, C_out, T), weight (C_out, C_in, K), residual (B, C_in, T) -> grad_x (B, C_in, T).
 
-    `grad_x[b,c,t] = residual[b,c,t] + sum_o sum_k weight[o,c,k] * grad_y[b,o,t + k*d]`, grad_y being 0 from T on.
+    `grad_x[b,c,t] = residual[b,c,t] + sum_o sum_k weight[o,c,k] * grad_y[b,o,t + k*d]`, grad_y being 0 from the sequence's end on.
     """
     (B, _, T), (_, c_in, K) = grad_y.shape, weight.shape
     out = empty_output(grad_y, c_in)
     if grad_y.numel() == 0:
         return out
+    if cu_seqlens is not None:
+        dilation = _within(cu_seqlens, dilation)
+        history = (K - 1) * dilation
+        grad_x = _apart(causal_conv1d_input_grad(_behind(grad_y, history, None, cu_seqlens), weight, dilation), history, cu_seqlens)
+        return in_layout_of(out, grad_x if residual is None else grad_x + residual)
     dilation = min(dilation, T)
     history = (K - 1) * dilation
     padded = conv2d_input((B, c_in, 1, T + history), _image(weight.flip(2)), _image(grad_y), dilation=(1, dilation))
@@ -92,7 +127,9 @@ def causal_conv1d_input_grad(grad_y: Tensor, weight: Tensor, dilation: int = 1, 
     return in_layout_of(out, grad_x if residual is None else grad_x + residual)
 
 
-def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
+def causal_conv1d_weight_grad(
+    grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int = 1, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """grad_y (B, C_out, T), x (B, C_in, T) -> grad_weight (C_out, C_in, K), grad_bias (C_out,).
 
     `grad_weight[o,c,k] = sum_b sum_t grad_y[b,o,t] * x[b,c,t - k*d]`, `grad_bias[o] = sum_b sum_t grad_y[b,o,t]`.
@@ -101,11 +138,38 @@ def causal_conv1d_weight_grad(grad_y: Tensor, x: Tensor, kernel_size: int, dilat
     out = empty_weight(x, c_out, c_in, kernel_size)
     if x.numel() == 0:
         return out.zero_(), x.new_zeros(c_out)
+    if cu_seqlens is not None:
+        dilation = _within(cu_seqlens, dilation)
+        history = (kernel_size - 1) * dilation
+        grad_y, x = (_behind(value, history, None, cu_seqlens) for value in (grad_y, x))
     dilation = min(dilation, x.shape[2])
     history = (kernel_size - 1) * dilation
     padded = F.pad(_image(x), (history, 0))
     grad_weight = conv2d_weight(padded, (c_out, c_in, 1, kernel_size), _image(grad_y), dilation=(1, dilation))
     return in_layout_of(out, grad_weight.squeeze(2).flip(2)), grad_y.sum((0, 2))
+
+
+def _behind(x: Tensor, history: int, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """x (B, C, T) with `history` steps put before each sequence, those of `past` (N, C, history) or zeros, so that it sees no other one."""
+    if cu_seqlens is None:
+        assert past is not None
+        return torch.cat([past, x], 2)
+    lengths = cu_seqlens.diff().tolist()
+    pasts = [x.new_zeros(1, x.shape[1], history)] * len(lengths) if past is None else past.split(1)
+    return torch.cat([steps for pair in zip(pasts, x.split(lengths, 2), strict=True) for steps in pair], 2)
+
+
+def _apart(y: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:
+    """y without the `history` steps that `_behind` put before each sequence."""
+    if cu_seqlens is None:
+        return y[:, :, history:]
+    lengths = [steps for length in cu_seqlens.diff().tolist() for steps in (history, length)]
+    return torch.cat(y.split(lengths, 2)[1::2], 2)
+
+
+def _within(cu_seqlens: Tensor | None, dilation: int) -> int:
+    """`dilation`, or the longest sequence: a tap further back than that sees zeros alone."""
+    return dilation if cu_seqlens is None else min(dilation, int(cu_seqlens.diff().max()))
 
 
 def _image(x: Tensor) -> Tensor:

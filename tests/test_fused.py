@@ -17,10 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from fuzzytok_kernels import ResidualCausalBlock, causal_conv1d, reference
 
-FUSED = torch.ops.fuzzytok.causal_conv1d_fused.default
-ACTIVATION_GRAD = torch.ops.fuzzytok.causal_conv1d_activation_grad.default
+FUSED_OP = torch.ops.fuzzytok.causal_conv1d_fused.default
+ACTIVATION_GRAD_OP = torch.ops.fuzzytok.causal_conv1d_activation_grad.default
 INPUT_GRAD = torch.ops.fuzzytok.causal_conv1d_input_grad.default
 WEIGHT_GRAD = torch.ops.fuzzytok.causal_conv1d_weight_grad.default
+
+
+def FUSED(x, weight, bias, residual, dilation, activation) -> Tensor:
+    """The op without an initial state and packed sequences, of which test_packed.py is."""
+    return FUSED_OP(x, weight, bias, residual, None, None, dilation, activation)
+
+
+def ACTIVATION_GRAD(grad_y, x, weight, bias, dilation, activation) -> Tensor:
+    return ACTIVATION_GRAD_OP(grad_y, x, weight, bias, None, None, dilation, activation)
+
 
 ACTIVATIONS = {  # as people write them, of p (B, C_out, T)
     "relu": F.relu,
@@ -151,7 +161,7 @@ def assert_within_the_rule(got: dict, want: dict, torchs: dict) -> None:
 
 
 def _norm(value: Tensor, norm: float) -> float:
-    return torch.linalg.vector_norm(value.double(), norm).item()
+    return torch.linalg.vector_norm(value.double(), norm).item() if value.numel() else 0.0
 
 
 def run(function, inputs: Inputs, residual: str = "another") -> dict[str, Tensor]:
@@ -176,8 +186,10 @@ def test_reference_is_the_composition(problem, activation, device):
         return naive(PlainInputs(x, weight, bias, x, dilation))
 
     close = dict(rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(reference.causal_conv1d_fused(*inputs.forward), composed(*inputs.forward, by_taps), **close)
-    torch.testing.assert_close(reference.causal_conv1d_activation_grad(*inputs.backward), composed_grad(*inputs.backward, by_taps), **close)
+    torch.testing.assert_close(reference.causal_conv1d_fused(*schema_order(inputs.forward)), composed(*inputs.forward, by_taps), **close)
+    torch.testing.assert_close(
+        reference.causal_conv1d_activation_grad(*schema_order(inputs.backward)), composed_grad(*inputs.backward, by_taps), **close
+    )
 
 
 @each_layout
@@ -371,12 +383,17 @@ def input_grad_args(inputs: Inputs) -> tuple:
 
 # ---- as a part of PyTorch
 
+
+def schema_order(args: tuple) -> tuple:
+    return *args[:4], None, None, *args[4:]
+
+
 OPCHECKS = {
-    "fused": lambda inputs: (FUSED, inputs.forward),
-    "fused, x is the residual": lambda inputs: (FUSED, inputs._replace(residual=inputs.x).forward),
-    "fused, no bias, no residual": lambda inputs: (FUSED, inputs._replace(bias=None, residual=None).forward),
-    "activation_grad": lambda inputs: (ACTIVATION_GRAD, inputs.backward),
-    "activation_grad, no bias": lambda inputs: (ACTIVATION_GRAD, inputs._replace(bias=None).backward),
+    "fused": lambda inputs: (FUSED_OP, schema_order(inputs.forward)),
+    "fused, x is the residual": lambda inputs: (FUSED_OP, schema_order(inputs._replace(residual=inputs.x).forward)),
+    "fused, no bias, no residual": lambda inputs: (FUSED_OP, schema_order(inputs._replace(bias=None, residual=None).forward)),
+    "activation_grad": lambda inputs: (ACTIVATION_GRAD_OP, schema_order(inputs.backward)),
+    "activation_grad, no bias": lambda inputs: (ACTIVATION_GRAD_OP, schema_order(inputs._replace(bias=None).backward)),
     "input_grad": lambda inputs: (INPUT_GRAD, (inputs.x, inputs.weight[:8], inputs.dilation, inputs.residual)),
 }
 
@@ -618,9 +635,9 @@ WAYS = {  # of the function, the number of taps, and who wants a gradient
     "function, recomputing": (causal_conv1d, 3, True),
     "function, storing": (causal_conv1d, 512, True),
 }
-CASES = [(FUSED, 3, False, *case) for case in SHARED]
+CASES = [(FUSED_OP, 3, False, *case) for case in SHARED]
 CASES += [(*way, *case) for way in WAYS.values() for case in SHARED]
-CASES += [(ACTIVATION_GRAD, 3, False, *case) for case in OF_ACTIVATION_GRAD] + [(INPUT_GRAD, 3, False, *case) for case in OF_INPUT_GRAD]
+CASES += [(ACTIVATION_GRAD_OP, 3, False, *case) for case in OF_ACTIVATION_GRAD] + [(INPUT_GRAD, 3, False, *case) for case in OF_INPUT_GRAD]
 
 
 def _id(case: tuple) -> str:
@@ -636,7 +653,7 @@ def good_arguments(function, new, K: int = 3) -> dict:
         shapes["residual"] = (2, 4, 9)
     names = ["x", "weight", "bias", "residual", "dilation", "activation"]
     names = names if function is causal_conv1d else [argument.name for argument in function._schema.arguments]
-    return {name: new(*shapes[name]) if name in shapes else {"dilation": 3, "activation": "relu"}[name] for name in names}
+    return {name: new(*shapes[name]) if name in shapes else {"dilation": 3, "activation": "relu"}.get(name) for name in names}
 
 
 def _new_on(device: str):
@@ -666,7 +683,9 @@ def test_refused(case, kind, device):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("function", [causal_conv1d, FUSED, ACTIVATION_GRAD, INPUT_GRAD], ids=["function", "fused", "act", "input_grad"])
+@pytest.mark.parametrize(
+    "function", [causal_conv1d, FUSED_OP, ACTIVATION_GRAD_OP, INPUT_GRAD], ids=["function", "fused", "act", "input_grad"]
+)
 def test_good_arguments_pass(function, device):
     """What every case above differs from."""
     assert (function(**good_arguments(function, _new_on(device.type))) == 0).all()

@@ -40,9 +40,9 @@ def check(call, names, flops, moved):
 for path in ("tma", "pointer"):
     with force(path=path, BLOCK_T=16, BLOCK_C_IN=16, BLOCK_C_OUT=32, num_warps=4, num_stages=2):
         check(lambda: launch.causal_conv1d(x, weight, bias, 2), [f"causal_conv1d_{path}"], products, of_x + weights + of_y)
-        fused = lambda: launch.causal_conv1d_fused(x, weight, bias, residual, 2, "gelu")
+        fused = lambda: launch.causal_conv1d_fused(x, weight, bias, residual, None, None, 2, "gelu")
         check(fused, [f"causal_conv1d_gelu_residual_{path}"], products, of_x + weights + 2 * of_y)
-        gradient = lambda: launch.causal_conv1d_activation_grad(grad_y, x, weight, bias, 2, "silu")
+        gradient = lambda: launch.causal_conv1d_activation_grad(grad_y, x, weight, bias, None, None, 2, "silu")
         check(gradient, [f"causal_conv1d_activation_grad_silu_{path}"], products, of_x + weights + 2 * of_y)
         gradient = lambda: launch.causal_conv1d_input_grad(grad_y, weight, 2)
         check(gradient, [f"causal_conv1d_input_grad_{path}"], products, of_x + weights + of_y)

@@ -283,7 +283,7 @@ def test_commands_name_the_problems_that_run(shape, layout, dtype):
     with tuning.record_problems() as problems, torch.backends.cudnn.flags(allow_tf32=True):
         y = torch.ops.fuzzytok.causal_conv1d(x.requires_grad_(), weight, None, 2)
         y.backward(torch.randn_like(y))
-        z = torch.ops.fuzzytok.causal_conv1d_fused(x, weight, None, None, 2, "gelu")
+        z = torch.ops.fuzzytok.causal_conv1d_fused(x, weight, None, None, None, None, 2, "gelu")
         z.backward(torch.randn_like(z))
     gpu = Gpu.current(0) if DEVICE.type == "cuda" else GPU
     if dtype == "tf32" and "tf32" not in {problem.dtype for problem in problems}:

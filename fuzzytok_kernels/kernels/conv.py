@@ -6,6 +6,9 @@ product has; `shift` is the dilation, negative for the input-grad.
 
 A gate has c_out / 2 channels of values and as many of gates (PARTS = 2, else 1). A tile's columns are then half values, half the gates of
 the same channels. `extra` is nothing, the residual to be added, or the gradient of the block's output (EXTRA).
+
+Where there are `cu_seqlens` (with one row in the batch) or a `state` [N, C_in, (K - 1) * shift], one row a sequence, the tiles near a
+sequence's beginning mask their rows and read the state; all others run as if there were neither.
 """
 
 import triton
@@ -13,13 +16,14 @@ import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot
+from fuzzytok_kernels.kernels.sequences import assert_sequences, is_near, room, touched
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
 
-@triton.jit(do_not_specialize=["B", "shift"], repr=conv_name("tma"), launch_metadata=conv_metadata)
+@triton.jit(do_not_specialize=["B", "shift", "n_sequences"], repr=conv_name("tma"), launch_metadata=conv_metadata)
 def conv_tma_kernel(
-    x, weight, bias, extra, y, B, T, c_in, c_out, shift, stride_bias,
-    stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+    x, weight, bias, extra, y, state, cu_seqlens, B, T, c_in, c_out, shift, stride_bias,
+    stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt, n_sequences, stride_sn, stride_sc, stride_st,
     K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
     IN_LAST: tl.constexpr, Y_DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
@@ -31,20 +35,31 @@ def conv_tma_kernel(
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
     n_ci, n_co, n_t = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH), tl.cdiv(T, BLOCK_T)
+    if cu_seqlens is not None and tl.program_id(0) == tl.num_programs(0) - 1:  # which has no more tiles than another
+        assert_sequences(cu_seqlens, n_sequences, T)
     for tile in tl.range(tl.program_id(0), B * n_t * n_co, tl.num_programs(0), flatten=FLATTEN):
         c = tile % n_co * WIDTH
         t = tile // n_co % n_t * BLOCK_T
         b = tile // n_co // n_t
         acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
-        for i in range(K * n_ci):
-            k = i % K  # taps innermost: the rows of one channel block are read again while hot (46.4 -> 41.7 us at C=256 on an H100)
-            ci = i // K * BLOCK_C_IN
-            rows = x.load([b, t - k * shift, ci]).reshape(BLOCK_T, BLOCK_C_IN)  # zeros outside 0 <= t < T, by the hardware
-            if IN_LAST:
-                tap = weight.load([k, 0, c, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
+        if cu_seqlens is None and state is None:
+            acc = _add_taps(
+                acc, x, weight, b, t, c, n_ci, shift, None, None, None, c_in, stride_sn, stride_sc, stride_st,
+                K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+            )  # fmt: skip
+        else:
+            low, high, near = _near(cu_seqlens, n_sequences, t, shift, K, BLOCK_T)
+            if near | (x.dtype.primitive_bitwidth == 32):  # whose rows pass the registers anyway, and two loops' blocks do not fit
+                steps, sequence = _room(cu_seqlens, n_sequences, low, high, b, t, shift, BLOCK_T)
+                acc = _add_taps(
+                    acc, x, weight, b, t, c, n_ci, shift, steps, sequence, state, c_in, stride_sn, stride_sc, stride_st,
+                    K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+                )  # fmt: skip
             else:
-                tap = weight.load([k, ci, c]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
-            acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
+                acc = _add_taps(
+                    acc, x, weight, b, t, c, n_ci, shift, None, None, None, c_in, stride_sn, stride_sc, stride_st,
+                    K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+                )  # fmt: skip
         _finish(
             acc, bias, extra, y, b, t, c, T, channels, stride_bias,
             stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
@@ -52,11 +67,39 @@ def conv_tma_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["shift"], repr=conv_name("pointer"), launch_metadata=conv_metadata)
+@triton.jit
+def _add_taps(
+    acc, x, weight, b, t, c, n_ci, shift, steps, sequence, state, c_in, stride_sn, stride_sc, stride_st,
+    K: tl.constexpr, PRECISION: tl.constexpr, IN_LAST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
+):  # fmt: skip
+    """`acc` and the products of all taps; a row sees `steps` [T] steps and then its sequence's state or zeros, or all there is (None)."""
+    STAGES: tl.constexpr = None if state is None else 2  # what a gather of rows leaves room for
+    for i in tl.range(K * n_ci, num_stages=STAGES):
+        k = i % K  # taps innermost: the rows of one channel block are read again while hot (46.4 -> 41.7 us at C=256 on an H100)
+        ci = i // K * BLOCK_C_IN
+        rows = x.load([b, t - k * shift, ci]).reshape(BLOCK_T, BLOCK_C_IN)  # zeros outside 0 <= t < T, by the hardware
+        if steps is not None:
+            own = (k * tl.abs(shift) <= steps)[:, None]
+            if state is None:
+                rows = tl.where(own, rows, 0.0)
+            else:
+                rows = tl.where(
+                    own, rows, _past(state, sequence, steps, k, ci, c_in, shift, stride_sn, stride_sc, stride_st, K, BLOCK_C_IN)
+                )
+        if IN_LAST:
+            tap = weight.load([k, 0, c, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
+        else:
+            tap = weight.load([k, ci, c]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
+        acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
+    return acc
+
+
+@triton.jit(do_not_specialize=["shift", "n_sequences"], repr=conv_name("pointer"), launch_metadata=conv_metadata)
 def conv_pointer_kernel(
-    x, weight, bias, extra, y, T, c_in, c_out, shift, stride_bias,
+    x, weight, bias, extra, y, state, cu_seqlens, T, c_in, c_out, shift, stride_bias,
     stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi,
-    stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+    stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt, n_sequences, stride_sn, stride_sc, stride_st,
     K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
@@ -66,32 +109,102 @@ def conv_pointer_kernel(
     n_co, n_t = tl.cdiv(channels, WIDTH), tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0)
     first_c, first_t, b = tile % n_co * WIDTH, tile // n_co % n_t * BLOCK_T, tile // n_co // n_t
+    if cu_seqlens is not None and tile == tl.num_programs(0) - 1:
+        assert_sequences(cu_seqlens, n_sequences, T)
+    acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
+    if cu_seqlens is None and state is None:
+        acc = _add_taps_by_pointers(
+            acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, None, None, None,
+            stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
+            K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+        )  # fmt: skip
+    else:
+        low, high, near = _near(cu_seqlens, n_sequences, first_t, shift, K, BLOCK_T)
+        steps, sequence = _room(cu_seqlens, n_sequences, low, high, b, first_t, shift, BLOCK_T)
+        if near & (state is not None):
+            acc = _add_taps_by_pointers(
+                acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, steps, sequence, state,
+                stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
+                K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+            )  # fmt: skip
+        else:  # for all tiles alike: the loads have masks in any case
+            acc = _add_taps_by_pointers(
+                acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, steps, None, None,
+                stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
+                K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+            )  # fmt: skip
+    _finish(
+        acc, bias, extra, y, b, first_t, first_c, T, channels, stride_bias,
+        stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+        PARTS, HAS_BIAS, ACTIVATION, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_taps_by_pointers(
+    acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, steps, sequence, state,
+    stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
+    K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
+):  # fmt: skip
+    """As `_add_taps`."""
+    WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
     column = tl.arange(0, BLOCK_C_OUT).to(tl.int64)
     within = first_c + column % WIDTH
     o = column // WIDTH * channels + within
     t = first_t + tl.arange(0, BLOCK_T).to(tl.int64)
     row = x + b.to(tl.int64) * stride_xb
-    acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
     for i in range(K * tl.cdiv(c_in, BLOCK_C_IN)):
         k = i % K  # taps innermost, as above
         c = i // K * BLOCK_C_IN + tl.arange(0, BLOCK_C_IN).to(tl.int64)
         source = t - k * tl.cast(shift, tl.int64)
         causal = (source >= 0) & (source < T)  # Eq. 7; the upper end is the input-grad's
+        if steps is not None:
+            causal &= k * tl.abs(tl.cast(shift, tl.int64)) <= steps
         clamped = tl.where(causal, source, 0)  # Eq. 8: no address outside the tensor is ever formed
         rows = tl.load(  # [T, C_in]
             row + clamped[:, None] * stride_xt + c[None, :] * stride_xc, mask=causal[:, None] & (c < c_in)[None, :], other=0.0
         )
+        if state is not None:
+            ci = i // K * BLOCK_C_IN
+            past = _past(state, sequence, steps, k, ci, c_in, shift, stride_sn, stride_sc, stride_st, K, BLOCK_C_IN)
+            rows = tl.where(causal[:, None], rows, past)
         tap = tl.load(  # [C_in, C_out]
             weight + k * tl.cast(stride_wk, tl.int64) + c[:, None] * stride_wi + o[None, :] * stride_wo,
             mask=(c < c_in)[:, None] & (within < channels)[None, :],
             other=0.0,
         )
         acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
-    _finish(
-        acc, bias, extra, y, b, first_t, first_c, T, channels, stride_bias,
-        stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
-        PARTS, HAS_BIAS, ACTIVATION, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
-    )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _near(cu_seqlens, n_sequences, t, shift, K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The sequences that the steps t to t + BLOCK_T touch, and whether a row would see beyond its own; a row of a batch is one."""
+    history = (K - 1) * tl.abs(tl.cast(shift, tl.int64))
+    if cu_seqlens is None:
+        return 0, 0, t < history
+    else:
+        low, high = touched(cu_seqlens, n_sequences, t, BLOCK_T)
+        return low, high, is_near(cu_seqlens, low, high, t, shift, history, BLOCK_T)
+
+
+@triton.jit
+def _room(cu_seqlens, n_sequences, low, high, b, t, shift, BLOCK_T: tl.constexpr):
+    """`room` of these rows, for a batch too."""
+    if cu_seqlens is None:
+        return t + tl.arange(0, BLOCK_T), tl.full([BLOCK_T], 0, tl.int32) + b
+    else:
+        return room(cu_seqlens, n_sequences, low, high, t, shift, BLOCK_T)
+
+
+@triton.jit
+def _past(state, sequence, steps, k, ci, c_in, shift, stride_sn, stride_sc, stride_st, K: tl.constexpr, BLOCK_C_IN: tl.constexpr):
+    """[T, C_in] of the state [N, C_in, history], oldest step first: what tap k sees where that is beyond `steps`."""
+    back = k * tl.cast(shift, tl.int64) - steps
+    c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
+    row = sequence.to(tl.int64) * stride_sn + ((K - 1) * tl.cast(shift, tl.int64) - back) * stride_st
+    return tl.load(state + row[:, None] + c[None, :] * stride_sc, mask=(back > 0)[:, None] & (c < c_in)[None, :], other=0.0)
 
 
 @triton.jit

@@ -6,22 +6,25 @@ to the bias's sum, on the tensor cores, as a product with ones: all programs tha
 registers, by one of them, took 157 us where this takes 46, at C=256). `weight_out`, fp32, holds [splits, K, C_out, C_in] and behind it
 the bias's [splits, shares, C_out], with one share for each group of taps and block of input channels. Where one slice is all (DIRECT),
 `weight_out` and `bias_out` are the results themselves, and one program of each block of output channels sums the bias.
+
+Where there are `cu_seqlens`, with one row in the batch, rows of x that lie before the sequence of their `grad_y` count as zeros.
 """
 
 import triton
 import triton.language as tl
 
 from fuzzytok_kernels.kernels.dot import dot
+from fuzzytok_kernels.kernels.sequences import next_near, room, touched
 from fuzzytok_kernels.profile import fixed_name, moved_metadata, weight_grad_metadata
 
 
 @triton.jit(
-    do_not_specialize=["B", "shift", "n_splits"],
+    do_not_specialize=["B", "shift", "n_splits", "n_sequences"],
     repr=fixed_name("causal_conv1d_weight_grad_tma"),
     launch_metadata=weight_grad_metadata,
 )
 def weight_grad_tma_kernel(
-    grad_y, x, weight_out, bias_out, B, T, c_in, c_out, shift, n_splits,
+    grad_y, x, weight_out, bias_out, cu_seqlens, B, T, c_in, c_out, shift, n_splits, n_sequences,
     K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -33,6 +36,39 @@ def weight_grad_tma_kernel(
     sums = (tl.zeros([BLOCK_C_OUT, BLOCK_C_IN], tl.float32),) * TAPS
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype)
+    if cu_seqlens is None:
+        sums, bias_sum = _add_blocks(
+            sums, bias_sum, ones, grad_y, x, first, last, n_t, k, ci, co, shift, share_first, share_last, None,
+            PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+        )  # fmt: skip
+    else:  # from one block near a sequence's beginning to the next, so that the loop between them stays what it is
+        i = first
+        while i < last:
+            near = next_near(cu_seqlens, n_sequences, i, last, (K - 1) * shift, BLOCK_T)
+            sums, bias_sum = _add_blocks(
+                sums, bias_sum, ones, grad_y, x, i, near, n_t, k, ci, co, shift, share_first, share_last, None,
+                PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+            )  # fmt: skip
+            if near < last:
+                low, high = touched(cu_seqlens, n_sequences, near * BLOCK_T, BLOCK_T)
+                steps, _ = room(cu_seqlens, n_sequences, low, high, near * BLOCK_T, 1, BLOCK_T)
+                sums, bias_sum = _add_blocks(
+                    sums, bias_sum, ones, grad_y, x, near, near + 1, n_t, k, ci, co, shift, share_first, share_last, steps,
+                    PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+                )  # fmt: skip
+            i = near + 1
+    _store(
+        sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_blocks(
+    sums, bias_sum, ones, grad_y, x, first, last, n_t, k, ci, co, shift, share_first, share_last, steps,
+    PRECISION: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """The sums and those of the time blocks from `first` to `last`; a row sees `steps` [T] steps back, or all there are (None)."""
     for i in range(first, last):
         b, t = i // n_t, i % n_t * BLOCK_T
         if GRAD_Y_CHANNELS_LAST:
@@ -42,22 +78,22 @@ def weight_grad_tma_kernel(
         grown = ()
         for j in tl.static_range(TAPS):
             rows = x.load([b, t - (k + j) * shift, ci]).reshape(BLOCK_T, BLOCK_C_IN)  # [T, C_in], zeros before t = 0, by the hardware
+            if steps is not None:
+                rows = tl.where(((k + j) * shift <= steps)[:, None], rows, 0.0)
             grown = grown + (dot(dy, rows, sums[j], PRECISION),)  # type: ignore[assignment]  # [C_out, C_in] each
         sums = grown
         if (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
-    _store(
-        sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
-    )  # fmt: skip
+    return sums, bias_sum
 
 
 @triton.jit(
-    do_not_specialize=["B", "shift", "n_splits"],
+    do_not_specialize=["B", "shift", "n_splits", "n_sequences"],
     repr=fixed_name("causal_conv1d_weight_grad_pointer"),
     launch_metadata=weight_grad_metadata,
 )
 def weight_grad_pointer_kernel(
-    grad_y, x, weight_out, bias_out, B, T, c_in, c_out, shift, n_splits,
+    grad_y, x, weight_out, bias_out, cu_seqlens, B, T, c_in, c_out, shift, n_splits, n_sequences,
     stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
     K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
@@ -67,11 +103,44 @@ def weight_grad_pointer_kernel(
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
-    o = co + tl.arange(0, BLOCK_C_OUT).to(tl.int64)
-    c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
     sums = (tl.zeros([BLOCK_C_OUT, BLOCK_C_IN], tl.float32),) * TAPS
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype.element_ty)
+    if cu_seqlens is None:
+        sums, bias_sum = _add_blocks_by_pointers(
+            sums, bias_sum, ones, grad_y, x, first, last, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, None,
+            stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+        )  # fmt: skip
+    else:  # as above
+        i = first
+        while i < last:
+            near = next_near(cu_seqlens, n_sequences, i, last, (K - 1) * tl.cast(shift, tl.int64), BLOCK_T)
+            sums, bias_sum = _add_blocks_by_pointers(
+                sums, bias_sum, ones, grad_y, x, i, near, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, None,
+                stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+            )  # fmt: skip
+            if near < last:
+                low, high = touched(cu_seqlens, n_sequences, near * BLOCK_T, BLOCK_T)
+                steps, _ = room(cu_seqlens, n_sequences, low, high, near * BLOCK_T, 1, BLOCK_T)
+                sums, bias_sum = _add_blocks_by_pointers(
+                    sums, bias_sum, ones, grad_y, x, near, near + 1, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, steps,
+                    stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+                )  # fmt: skip
+            i = near + 1
+    _store(
+        sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_blocks_by_pointers(
+    sums, bias_sum, ones, grad_y, x, first, last, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, steps,
+    stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """As `_add_blocks`."""
+    o = co + tl.arange(0, BLOCK_C_OUT).to(tl.int64)
+    c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
     for i in range(first, last):
         b = (i // n_t).to(tl.int64)
         t = i % n_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -84,6 +153,8 @@ def weight_grad_pointer_kernel(
         for j in tl.static_range(TAPS):
             source = t - (k + j) * tl.cast(shift, tl.int64)
             causal = (source >= 0) & (source < T)  # Eq. 7
+            if steps is not None:
+                causal &= (k + j) * tl.cast(shift, tl.int64) <= steps
             clamped = tl.where(causal, source, 0)  # Eq. 8
             rows = tl.load(  # [T, C_in]
                 x + b * stride_xb + clamped[:, None] * stride_xt + c[None, :] * stride_xc,
@@ -94,9 +165,7 @@ def weight_grad_pointer_kernel(
         sums = grown
         if (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
-    _store(
-        sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
-    )  # fmt: skip
+    return sums, bias_sum
 
 
 @triton.jit(

@@ -45,13 +45,14 @@ class ResidualCausalBlock(nn.Module):
         self.norm = _NORMS[norm](channels)
         self.conv = CausalConv1d(channels, 2 * channels if activation in GATES else channels, kernel_size, dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, channels, T) -> (B, channels, T)."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x (B, channels, T) -> (B, channels, T). With cu_seqlens (N + 1,), B is 1 and N sequences lie end to end in T, of which none sees
+        another; see `fuzzytok_kernels.causal_conv1d`."""
         h = x if isinstance(self.norm, nn.Identity) else self.norm(x.mT).mT  # (B, T, channels) and back: views
         if self.dropout and self.training:
-            y = self.conv(h, activation=self.activation)
+            y = self.conv(h, activation=self.activation, cu_seqlens=cu_seqlens)
             return laid_out_as(x, x.to(y.dtype) + F.dropout(y, self.dropout))
-        return laid_out_as(x, self.conv(h, activation=self.activation, residual=x))
+        return laid_out_as(x, self.conv(h, activation=self.activation, residual=x, cu_seqlens=cu_seqlens))
 
     def extra_repr(self) -> str:
         text = f"activation={self.activation!r}"

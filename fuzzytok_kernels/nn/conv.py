@@ -58,9 +58,28 @@ class CausalConv1d(nn.Module):
             bound = 1 / math.sqrt(self.in_channels * self.kernel_size)
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> Any:
         """x (B, in_channels, T) -> (B, out_channels, T), in the memory layout of x; see `fuzzytok_kernels.causal_conv1d`."""
-        return causal_conv1d(x, self.weight, self.bias, dilation=self.dilation, activation=activation, residual=residual)
+        return causal_conv1d(
+            x,
+            self.weight,
+            self.bias,
+            dilation=self.dilation,
+            activation=activation,
+            residual=residual,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"

@@ -52,11 +52,14 @@ class FuzzyTokenizer(nn.Module):
         self.receptive_field = 1 + sum((kernel_size - 1) * dilation for dilation in dilations)
         self.embedding = nn.Embedding(self.num_ids, dim)
         self.norm = nn.LayerNorm(dim)
-        self.blocks = nn.Sequential(*(ResidualCausalBlock(dim, kernel_size, dilation, activation) for dilation in dilations))
+        self.blocks = nn.ModuleList(ResidualCausalBlock(dim, kernel_size, dilation, activation) for dilation in dilations)
         self.projection = nn.Identity() if embedding_dim is None else nn.Linear(dim, embedding_dim)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """ids (B, T) uint8 or long -> z (B, T, embedding_dim or dim), in the dtype of the parameters (or as autocast promotes it).
+
+        With cu_seqlens (N + 1,) int32, ids is (1, T): N texts end to end, without padding, of which none sees another. Text n is
+        `ids[0, cu_seqlens[n]:cu_seqlens[n + 1]]`; see `fuzzytok_kernels.causal_conv1d`.
 
         Raises:
             ValueError: ids is not (B, T).
@@ -65,7 +68,9 @@ class FuzzyTokenizer(nn.Module):
                 a check here would wait for the GPU.
         """
         e = self._embed(ids)  # (B, T, C)
-        h = self.blocks(e.mT)  # (B, C, T), channels-last in memory: a view on the way in and on the way out
+        h = e.mT  # (B, C, T), channels-last in memory: a view on the way in and on the way out
+        for block in self.blocks:
+            h = block(h, cu_seqlens)
         return self.projection(h.mT)
 
     def _embed(self, ids: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def run(problem: Problem, *args: Any, backend: Any = launch) -> tuple[Tensor, ..
         return (op(*tensors[:2], dilation, *tensors[2:]),)
     if problem.op == "causal_conv1d":
         return (op(*tensors, dilation),)
-    return (op(*tensors, dilation, "none" if problem.epilogue == "residual" else problem.epilogue),)
+    return (op(*tensors, None, None, dilation, "none" if problem.epilogue == "residual" else problem.epilogue),)
 
 
 @contextlib.contextmanager

@@ -72,13 +72,13 @@ class Op(NamedTuple):
     epilogues: tuple[str, ...] = ("none",)
 
 
-_CONV_KERNELS = ("conv.py", "activation.py", "dot.py", "transpose.py")
+_CONV_KERNELS = ("conv.py", "activation.py", "dot.py", "sequences.py", "transpose.py")
 OPS = {
     "causal_conv1d": Op(_CONV_KERNELS, _CONV),
     "causal_conv1d_fused": Op(_CONV_KERNELS, _CONV, EPILOGUES[1:]),
     "causal_conv1d_activation_grad": Op(_CONV_KERNELS, _CONV, EPILOGUES[2:]),
     "causal_conv1d_input_grad": Op(_CONV_KERNELS, _CONV, EPILOGUES[:2]),
-    "causal_conv1d_weight_grad": Op(("weight_grad.py", "dot.py", "transpose.py"), _WEIGHT_GRAD),
+    "causal_conv1d_weight_grad": Op(("weight_grad.py", "dot.py", "sequences.py", "transpose.py"), _WEIGHT_GRAD),
 }
 
 
