@@ -309,6 +309,7 @@ def test_final_states_compile(device):
             assert torch.equal(got, want)
 
 
+@interpreter_cannot("in little time; the plain run covers it")
 @pytest.mark.parametrize("lengths", [None, [4, 0, 9]], ids=["dense", "packed"])
 def test_functional_transforms(lengths, device):
     """Per-sample gradients of x and state, and a batch of weights, as one call each."""
