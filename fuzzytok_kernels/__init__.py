@@ -2,8 +2,8 @@
 
 from fuzzytok_kernels import flops as flops
 from fuzzytok_kernels import ops as ops
-from fuzzytok_kernels.functional import causal_conv1d
+from fuzzytok_kernels.functional import byte_causal_conv1d, causal_conv1d
 from fuzzytok_kernels.nn import CausalConv1d, FuzzyTokenizer, ResidualCausalBlock, bits_per_byte
 
 __version__ = "0.1.0"
-__all__ = ["CausalConv1d", "FuzzyTokenizer", "ResidualCausalBlock", "bits_per_byte", "causal_conv1d"]
+__all__ = ["CausalConv1d", "FuzzyTokenizer", "ResidualCausalBlock", "bits_per_byte", "byte_causal_conv1d", "causal_conv1d"]

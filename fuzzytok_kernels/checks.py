@@ -29,9 +29,7 @@ def check_causal_conv1d(x: Checkable, weight: Checkable, bias: Checkable | None 
     _check_sequence("x", x)
     _check_weight(weight, x, channels=1, of="x's channels (C_in)", name="x")
     if bias is not None:
-        _check_like("bias", bias, "x", x)
-        if len(bias.shape) != 1 or bias.shape[0] != weight.shape[0]:
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one value per output channel of weight")
+        _check_bias(bias, weight, "x", x)
     check_positive("dilation", dilation)
 
 
@@ -104,12 +102,59 @@ def check_causal_conv1d_weight_grad(
         _check_cu_seqlens(cu_seqlens, "grad_y", grad_y)
 
 
+def check_byte_causal_conv1d(
+    ids: Checkable,
+    embedding: Checkable,
+    weight: Checkable,
+    bias: Checkable | None,
+    dilation: int,
+    activation: str,
+    cu_seqlens: Checkable | None = None,
+) -> None:
+    """Raise ValueError or TypeError unless ids (B, T), embedding (V, C), weight (C_out, C, K), bias (C_out,) and cu_seqlens go together."""
+    check_ids(ids)
+    if len(embedding.shape) != 2 or 0 in embedding.shape:
+        raise ValueError(f"embedding has shape {tuple(embedding.shape)}; expected 2 dimensions (ids, channels), neither of them 0")
+    _check_device("embedding", embedding, "ids", ids)
+    _check_dtype("embedding", embedding)
+    _check_weight(weight, embedding, channels=1, of="embedding's channels (C)", name="embedding")
+    if bias is not None:
+        _check_bias(bias, weight, "embedding", embedding)
+    check_positive("dilation", dilation)
+    check_activation(activation)
+    if _produced(weight, activation) != embedding.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; with activation {activation!r} it makes {_produced(weight, activation)} channels, "
+            f"expected those of embedding, {embedding.shape[1]}"
+        )
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, "ids", ids)
+
+
+def check_byte_causal_conv1d_grad(
+    grad_y: Checkable,
+    ids: Checkable,
+    embedding: Checkable,
+    weight: Checkable,
+    bias: Checkable | None,
+    dilation: int,
+    activation: str,
+    cu_seqlens: Checkable | None = None,
+) -> None:
+    """As `check_byte_causal_conv1d`; besides, raise ValueError or TypeError for a grad_y that is not like y."""
+    check_byte_causal_conv1d(ids, embedding, weight, bias, dilation, activation, cu_seqlens)
+    _check_like("grad_y", grad_y, "embedding", embedding)
+    _check_shape("grad_y", grad_y, (ids.shape[0], embedding.shape[1], ids.shape[1]), "the output's")
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "causal_conv1d": check_causal_conv1d,
     "causal_conv1d_fused": check_causal_conv1d_fused,
     "causal_conv1d_activation_grad": check_causal_conv1d_activation_grad,
     "causal_conv1d_input_grad": check_causal_conv1d_input_grad,
     "causal_conv1d_weight_grad": check_causal_conv1d_weight_grad,
+    "byte_causal_conv1d": check_byte_causal_conv1d,
+    "byte_causal_conv1d_grad": check_byte_causal_conv1d_grad,
 }
 
 
@@ -123,6 +168,15 @@ def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
             raise ValueError(f"cu_seqlens falls from {start} to {end} at number {n + 1}; expected values that never decrease")
     if values[-1] != T:
         raise ValueError(f"cu_seqlens ends with {values[-1]}; expected the time steps of the packed batch, {T}")
+
+
+def check_ids(ids: Checkable) -> None:
+    """Raise ValueError or TypeError unless ids is (B, T), uint8 or int64."""
+    if len(ids.shape) != 2:
+        hint = "; add a batch dimension with unsqueeze(0)" if len(ids.shape) == 1 else ""
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; expected 2 dimensions (batch, time){hint}")
+    if ids.dtype not in (torch.uint8, torch.long):
+        raise TypeError(f"ids has dtype {ids.dtype}; expected uint8 or int64")
 
 
 def check_activation(activation: str) -> None:
@@ -151,8 +205,7 @@ def _check_sequences(x: Checkable, weight: Checkable, initial_state: Checkable |
 
 
 def _check_cu_seqlens(cu_seqlens: Checkable, name: str, x: Checkable) -> None:
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; expected the device of {name}, {x.device}")
+    _check_device("cu_seqlens", cu_seqlens, name, x)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32")
     if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] == 0:
@@ -172,6 +225,10 @@ def _check_sequence(name: str, x: Checkable) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 3 dimensions (batch, channels, time){hint}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected at least one channel")
+    _check_dtype(name, x)
+
+
+def _check_dtype(name: str, x: Checkable) -> None:
     allowed = _CUDA_DTYPES if x.device.type == "cuda" else _DTYPES
     if x.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
@@ -188,9 +245,19 @@ def _check_weight(weight: Checkable, x: Checkable, channels: int, of: str, name:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected at least one input channel, output channel and tap")
 
 
-def _check_like(name: str, value: Checkable, like_name: str, like: Checkable) -> None:
+def _check_bias(bias: Checkable, weight: Checkable, like_name: str, like: Checkable) -> None:
+    _check_like("bias", bias, like_name, like)
+    if len(bias.shape) != 1 or bias.shape[0] != weight.shape[0]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one value per output channel of weight")
+
+
+def _check_device(name: str, value: Checkable, like_name: str, like: Checkable) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; expected the device of {like_name}, {like.device}")
+
+
+def _check_like(name: str, value: Checkable, like_name: str, like: Checkable) -> None:
+    _check_device(name, value, like_name, like)
     if value.dtype != like.dtype:
         raise TypeError(
             f"{name} has dtype {value.dtype}; expected the dtype of {like_name}, {like.dtype} (torch.autocast casts them for you)"

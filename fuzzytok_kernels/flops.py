@@ -33,3 +33,15 @@ def _activation_grad(grad_y: tuple, x: tuple, weight: tuple, *args: Any, **kwarg
 @register_flop_formula(ops.causal_conv1d_weight_grad.overloadpacket)
 def _weight_grad(grad_y: tuple, x: tuple, kernel_size: int, *args: Any, **kwargs: Any) -> int:
     return of_conv(x, (grad_y[1], x[1], kernel_size))
+
+
+@register_flop_formula(ops.byte_causal_conv1d.overloadpacket)
+def _byte_conv(ids: tuple, embedding: tuple, weight: tuple, *args: Any, **kwargs: Any) -> int:
+    """The table's: look-ups are none."""
+    return 2 * embedding[0] * math.prod(weight)
+
+
+@register_flop_formula(ops.byte_causal_conv1d_grad.overloadpacket)
+def _byte_conv_grad(grad_y: tuple, ids: tuple, embedding: tuple, weight: tuple, *args: Any, **kwargs: Any) -> int:
+    """Those of the table, made anew, and of its two gradients; the sums by id are none."""
+    return 6 * embedding[0] * math.prod(weight)

@@ -60,3 +60,41 @@ def causal_conv1d(
     if not return_final_state:
         return y
     return y, last_steps(x, (weight.shape[2] - 1) * dilation, initial_state, cu_seqlens)
+
+
+def byte_causal_conv1d(
+    ids: Tensor,
+    embedding: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The first residual block of a byte model, its embedding included: look-ups, and no product over time.
+
+    `y[b,:,t] = e[b,:,t] + activation(p[b,:,t])`, where `e[b,:,t] = embedding[ids[b,t]]` and p is `causal_conv1d(e, weight, bias)`. As e
+    depends on the id alone, so does what each tap makes of it: a product over the V rows gives a table, and p is K look-ups in it.
+
+    Args:
+        ids: (B, T), any strides; uint8 or int64, from 0 to V - 1.
+        embedding: (V, C), one row an id, normalised already where the model does so; fp16, bf16, fp32, and on the CPU fp64.
+        weight: (C_out, C, K) in the dtype of embedding; tap 0 is the present. C_out is C, or 2 * C for a gate.
+        bias: (C_out,) in the dtype of embedding, or None.
+        dilation: steps between taps, at least 1.
+        activation: as of `causal_conv1d`.
+        cu_seqlens: (N + 1,) int32, for a batch of one in which N sequences lie end to end: sequence i is steps `cu_seqlens[i]` to
+            `cu_seqlens[i + 1] - 1`, and sees nothing of the others. It begins with 0, ends with T and never decreases.
+
+    Returns:
+        (B, C, T) in the dtype of embedding, channels-last in memory.
+
+    The backward keeps the arguments alone and sums by id in a fixed order. Products are strict, whatever PyTorch's TF32 switches say.
+
+    Raises:
+        ValueError: a rank, size or device that does not fit, or another activation.
+        TypeError: mixed dtypes outside autocast, or a dtype that the device cannot do.
+        IndexError: on the CPU, an id that has no row. On a GPU a check would wait for it: there y is NaN at such a step.
+    """
+    return ops.byte_causal_conv1d(ids, embedding, weight, bias, dilation, "none" if activation is None else activation, cu_seqlens)

@@ -233,9 +233,10 @@ def _conv(
     strides_of_extra = after.extra.strides if after.extra else (0, 0, 0)
     constants = (K, parts, bias is not None, after.activation, after.kind, _precision(problem, x.device))
     tiles = B * cdiv(T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
-    packed = sequences.cu_seqlens is not None
+    # Device-side assertions for the values of cu_seqlens, but no arithmetic checked for overflow.
+    asserts: dict[str, Any] = {} if sequences.cu_seqlens is None else {"debug": True, "sanitize_overflow": False}
     if config.path == "pointer":
-        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, asserts=packed)
+        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, **asserts)
         strides_of_weight = [weight.strides[axis] for axis in axes]
         numbers = (T, c_in, c_out, shift, stride_bias, *x.strides, *strides_of_weight, *strides_of_extra, *strides, *sequences.numbers)
 
@@ -253,7 +254,7 @@ def _conv(
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
     # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. Two inner loops cannot be flattened.
     flatten = after.kind == "none" and sequences == (None, None)
-    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, asserts=packed)
+    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **asserts)
     width = channels // parts_of_y
     y_shape, y_strides, y_block = [B, T, parts_of_y, width], [strides[0], strides[2], width, 1], [1, config.BLOCK_T, 1, half]
     numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *strides, *sequences.numbers)

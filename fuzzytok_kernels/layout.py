@@ -22,6 +22,11 @@ def empty_output(x: Tensor, channels: int) -> Tensor:
     return x.new_empty_strided((B, channels, T), output_strides(x.stride(), channels, T))
 
 
+def empty_of_bytes(embedding: Tensor, ids: Tensor) -> Tensor:
+    """An unwritten, channels-last (B, C, T) tensor, for ids (B, T) and embedding (V, C)."""
+    return embedding.new_empty((*ids.shape, embedding.shape[1])).mT
+
+
 def empty_weight(x: Tensor, c_out: int, c_in: int, kernel_size: int) -> Tensor:
     """An unwritten (C_out, C_in, K) tensor, tap-major: a view of (K, C_out, C_in) storage, which the kernels read and write as it is."""
     return x.new_empty((kernel_size, c_out, c_in)).permute(1, 2, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fuzzytok_kernels import private, reference
 from fuzzytok_kernels.checks import CHECKS, check_boundaries
-from fuzzytok_kernels.layout import empty_output, empty_weight, laid_out_as
+from fuzzytok_kernels.layout import empty_of_bytes, empty_output, empty_weight, laid_out_as
 from fuzzytok_kernels.sequences import heads
 from fuzzytok_kernels.support import runs_triton
 
@@ -280,6 +280,60 @@ class _CausalConv1dWeightGrad(_Function):
         return (torch.stack(grad_weights), torch.stack(grad_biases)), (0, 0)
 
 
+# ---- byte_causal_conv1d
+
+
+def _byte_causal_conv1d_fake(
+    ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    CHECKS["byte_causal_conv1d"](ids, embedding, weight, bias, dilation, activation, cu_seqlens)
+    return empty_of_bytes(embedding, ids)
+
+
+class _ByteCausalConv1d(_Function):
+    """Saves its arguments alone: a product over the ids makes the table anew, and look-ups the pre-activation."""
+
+    @staticmethod
+    def forward(ids: Tensor, *others: Any) -> Tensor:
+        with private.below_autograd():
+            return byte_causal_conv1d(ids, *others)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.dilation, ctx.activation, cu_seqlens = inputs
+        ctx.save_for_backward(*tensors, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple:
+        *tensors, cu_seqlens = ctx.saved_tensors
+        grads = byte_causal_conv1d_grad(grad_y, *tensors, ctx.dilation, ctx.activation, cu_seqlens)
+        wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:4], strict=True))
+        return None, *wanted, None, None, None
+
+
+def _byte_causal_conv1d_in_steps(ids: Tensor, embedding: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    CHECKS["byte_causal_conv1d"](ids, embedding, weight, *others)
+    return reference.looked_up(ids, embedding, weight, *others)
+
+
+# ---- byte_causal_conv1d_grad
+
+
+def _byte_causal_conv1d_grad_fake(
+    grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    CHECKS["byte_causal_conv1d_grad"](grad_y, ids, embedding, weight, *others)
+    grad_embedding = embedding.new_empty(embedding.shape)
+    return grad_embedding, empty_weight(embedding, *weight.shape), embedding.new_empty(weight.shape[0])
+
+
+def _byte_causal_conv1d_grad_in_steps(
+    grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    CHECKS["byte_causal_conv1d_grad"](grad_y, ids, embedding, weight, *others)
+    return reference.looked_up_grads(grad_y, ids, embedding, weight, *others)
+
+
 # ---- what they share
 
 
@@ -291,9 +345,9 @@ def _implementation(name: str, device: torch.device) -> Callable:
     """
     compute = getattr(reference, name)
     if runs_triton(device):
-        from fuzzytok_kernels import launch
+        from fuzzytok_kernels import byte_launch, launch
 
-        compute = getattr(launch, name)
+        compute = getattr(byte_launch if name.startswith("byte_") else launch, name)
         if device.type == "cuda":
             return compute
     check = CHECKS[name]
@@ -303,7 +357,7 @@ def _implementation(name: str, device: torch.device) -> Callable:
     def checked(*args: Any) -> Any:
         check(*args)
         for cu_seqlens in (arg for arg in args[packed : packed + 1] if arg is not None):
-            check_boundaries(cu_seqlens, args[0].shape[2])
+            check_boundaries(cu_seqlens, args[0].shape[-1])
         return compute(*args)
 
     return checked
@@ -412,4 +466,14 @@ causal_conv1d_input_grad = _register(
 causal_conv1d_weight_grad = _register(
     "causal_conv1d_weight_grad(Tensor grad_y, Tensor x, int kernel_size, int dilation=1, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
     _causal_conv1d_weight_grad_fake, private.apply_of(_CausalConv1dWeightGrad), _CausalConv1dWeightGrad.apply,
+)  # fmt: skip
+byte_causal_conv1d = _register(
+    "byte_causal_conv1d(Tensor ids, Tensor embedding, Tensor weight, Tensor? bias, int dilation, str activation, Tensor? cu_seqlens=None)"
+    " -> Tensor",
+    _byte_causal_conv1d_fake, private.apply_of(_ByteCausalConv1d), _byte_causal_conv1d_in_steps, autocast=True,
+)  # fmt: skip
+byte_causal_conv1d_grad = _register(
+    "byte_causal_conv1d_grad(Tensor grad_y, Tensor ids, Tensor embedding, Tensor weight, Tensor? bias, int dilation, str activation,"
+    " Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
+    _byte_causal_conv1d_grad_fake, _byte_causal_conv1d_grad_in_steps, _byte_causal_conv1d_grad_in_steps,
 )  # fmt: skip

@@ -34,3 +34,8 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable:
 def defaults_of(op: Any) -> tuple:
     """The default of each argument of an overload of an op, None where it has none."""
     return tuple(argument.default_value for argument in op._schema.arguments)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` runs more than its forward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

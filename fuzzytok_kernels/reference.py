@@ -5,6 +5,7 @@ Eq. 2 and 3 of the FuzzyTok paper: `y[b,o,t] = bias[o] + sum_c sum_k weight[o,c,
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,88 @@ def _apart(y: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:
 def _within(cu_seqlens: Tensor | None, dilation: int) -> int:
     """`dilation`, or the longest sequence: a tap further back than that sees zeros alone."""
     return dilation if cu_seqlens is None else min(dilation, int(cu_seqlens.diff().max()))
+
+
+def byte_causal_conv1d(
+    ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """ids (B, T), embedding (V, C), weight (C_out, C, K), bias (C_out,) -> y (B, C, T), channels-last; C is C_out, or half for a gate.
+
+    `y[b,:,t] = e + activation(p)`, where e is `embedding[ids[b,t]]` and p `causal_conv1d` over the embeddings of all ids of the row, or
+    of its sequence: sequence i is steps `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1` of a batch of one.
+    """
+    check_range(ids, len(embedding))
+    return looked_up(ids, embedding, weight, bias, dilation, activation, cu_seqlens)
+
+
+def byte_causal_conv1d_grad(
+    grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None,
+    dilation: int, activation: str, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """grad_y (B, C, T) and the arguments of `byte_causal_conv1d` -> the gradients of embedding, weight and bias."""
+    check_range(ids, len(embedding))
+    return looked_up_grads(grad_y, ids, embedding, weight, bias, dilation, activation, cu_seqlens)
+
+
+def check_range(ids: Tensor, num_ids: int) -> None:
+    """Raise IndexError for an id on the CPU that has no row; on a GPU that would wait for it, and the kernel makes NaN of such a step."""
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min().item() <= ids.max().item() < num_ids:
+        raise IndexError(f"ids reach from {ids.min()} to {ids.max()}; expected 0 to {num_ids - 1}")
+
+
+def looked_up(
+    ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, activation: str, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """`byte_causal_conv1d` by functions that PyTorch can differentiate, rounded once, in the end."""
+    p = _looked_up_sum(_table(embedding, weight), _sources(ids, weight.shape[2], dilation, cu_seqlens), bias)
+    y = F.embedding(ids.long(), _wide(embedding)) + ACTIVATIONS[activation](p.mT).mT
+    return y.to(embedding.dtype).contiguous().mT
+
+
+def looked_up_grads(
+    grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None,
+    dilation: int, activation: str, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`byte_causal_conv1d_grad` by functions that PyTorch can differentiate again."""
+    table, sources, grad_e = _table(embedding, weight), _sources(ids, weight.shape[2], dilation, cu_seqlens), _wide(grad_y)
+    grad_p = activation_grad(grad_e, _looked_up_sum(table, sources, bias).mT, activation).mT  # (B, T, C_out)
+
+    def by_id(grad: Tensor, ids: Tensor) -> Tensor:
+        return torch.ops.aten.embedding_dense_backward(grad, ids, len(table), -1, False)
+
+    grad_table = torch.stack([by_id(torch.where(seen, grad_p, 0.0), at) for at, seen in sources], 1)  # (V, K, C_out)
+    grad_embedding = by_id(grad_e.mT, ids.long()) + torch.einsum("vko,oik->vi", grad_table, _wide(weight))
+    grad_weight = torch.einsum("vko,vi->koi", grad_table, _wide(embedding)).contiguous().permute(1, 2, 0)  # tap-major, see empty_weight
+    grads = grad_embedding.contiguous(), grad_weight, grad_table[:, 0].sum(0)
+    return tuple(grad.to(embedding.dtype) for grad in grads)  # type: ignore[return-value]
+
+
+def _table(embedding: Tensor, weight: Tensor) -> Tensor:
+    """What each tap makes of each id: embedding (V, C_in), weight (C_out, C_in, K) -> (V, K, C_out), in at least fp32."""
+    return torch.einsum("vi,oik->vko", _wide(embedding), _wide(weight))
+
+
+def _looked_up_sum(table: Tensor, sources: list[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tensor:
+    """The pre-activation (B, T, C_out)."""
+    p: Any = 0 if bias is None else bias
+    for k, (ids, seen) in enumerate(sources):
+        p = p + torch.where(seen, F.embedding(ids, table[:, k]), 0.0)
+    return p
+
+
+def _sources(ids: Tensor, kernel_size: int, dilation: int, cu_seqlens: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """For each tap the ids (B, T) that it reads, and at which steps (T, 1) there is one."""
+    T = ids.shape[1]
+    steps = torch.arange(T, device=ids.device)
+    first = torch.zeros_like(steps)
+    if cu_seqlens is not None:
+        first = cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), steps, right=True) - 1]
+    sources = [steps - k * min(dilation, T) for k in range(kernel_size)]
+    return [(ids[:, source.clamp(min=0)].long(), (source >= first)[:, None]) for source in sources]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _image(x: Tensor) -> Tensor:

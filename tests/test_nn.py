@@ -368,16 +368,19 @@ class Calls(TorchDispatchMode):
         return {name.removeprefix("fuzzytok::causal_conv1d"): n for name, n in self.counts.items() if name.startswith("fuzzytok::")}
 
 
-def test_a_tokenizer_runs_one_fused_op_a_block(device):
-    tokenizer = FuzzyTokenizer(dim=8, dilations=(1, 2, 4)).to(device)
+@pytest.mark.parametrize(("fold", "firsts"), [(True, {"fuzzytok::byte_causal_conv1d": 1}), (False, {})])
+def test_a_tokenizer_runs_one_fused_op_a_block(fold, firsts, device):
+    tokenizer = FuzzyTokenizer(dim=8, dilations=(1, 2, 4), fold=fold).to(device)
+    others = 3 - len(firsts)
     ids = torch.randint(256, (2, 19), device=device)
     with Calls() as forward:
         z = tokenizer(ids)
-    assert forward.ours() == {"_fused": 3}
+    assert forward.ours() == {**firsts, "_fused": others}
     assert not {"aten::gelu", "aten::convolution", "aten::add.Tensor"} & forward.counts.keys()
     with Calls() as backward:
         z.sum().backward()
-    assert backward.ours() == {"_activation_grad": 3, "_input_grad": 3, "_weight_grad": 3}
+    grads = {f"{name}_grad": count for name, count in firsts.items()}
+    assert backward.ours() == {**grads, "_activation_grad": others, "_input_grad": others, "_weight_grad": others}
     assert not {"aten::gelu_backward", "aten::add.Tensor"} & backward.counts.keys()
 
 

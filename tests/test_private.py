@@ -73,6 +73,19 @@ def test_defaults_of():
     assert private.defaults_of(ops.causal_conv1d.default) == (None, None, None, 1), broken("calls that leave arguments out would fail")
 
 
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"],
+)
+def test_has_hooks(register):
+    module = torch.nn.Linear(2, 2)
+    assert not private.has_hooks(module), broken("no tokenizer would fold")
+    hook = getattr(module, register)(lambda *args: None)
+    assert private.has_hooks(module), broken("a fold would pass hooks by")
+    hook.remove()
+    assert not private.has_hooks(module)
+
+
 def test_keys_of_the_dispatcher():
     """`Library.impl` is public, its keys' names are not."""
     for key, what in {

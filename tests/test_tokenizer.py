@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from modes import HALF, ON_CUDA
+from modes import HALF, INTERPRETED, ON_CUDA
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -285,7 +285,8 @@ def test_bits_of_half_logits_are_computed_in_fp32(device):
 
 
 def test_a_next_byte_head_learns_a_repeated_text(device):
-    tokenizer, head = small(device), torch.nn.Linear(16, 256).to(device)
+    fold = not INTERPRETED  # the sums for 256 ids take the interpreter a second a step
+    tokenizer, head = small(device, fold=fold), torch.nn.Linear(16, 256).to(device)
     ids, lengths = tokenizer.encode(["abcd" * 5, "abcd" * 3])
     optimizer = torch.optim.Adam([*tokenizer.parameters(), *head.parameters()], lr=0.02)
     bits = []

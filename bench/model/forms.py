@@ -37,8 +37,8 @@ class Conv1dResidual(nn.Module):
         self.conv, self.stream = conv.to_conv1d(), stream
         self.history = (conv.kernel_size - 1) * conv.dilation
 
-    def forward(self, x: Tensor, cu_seqlens: None = None) -> Tensor:
-        """x (B, C, T) -> (B, C, T). Packed sequences it has not."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, T) -> (B, C, T)."""
         h = x if self.stream is None else x.to(self.stream)
         return h + F.gelu(self.conv(F.pad(h, (self.history, 0))))
 
@@ -55,8 +55,8 @@ class Conv2dResidual(nn.Module):
         self.conv.weight = nn.Parameter(taps.weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last))
         self.conv.bias = taps.bias
 
-    def forward(self, x: Tensor, cu_seqlens: None = None) -> Tensor:
-        """x (B, C, T) -> (B, C, T). Packed sequences it has not."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, T) -> (B, C, T)."""
         h = x if self.stream is None else x.to(self.stream)
         return h + F.gelu(self.conv(h.unsqueeze(2))[..., : x.shape[2]]).squeeze(2)
 

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fuzzytok_kernels.checks import check_ids
+from fuzzytok_kernels.functional import byte_causal_conv1d
 from fuzzytok_kernels.nn.block import ResidualCausalBlock
+from fuzzytok_kernels.nn.fold import foldable
 
 _BYTES = 256
 _IGNORED = -100  # a target that cross_entropy leaves out
@@ -25,6 +29,9 @@ class FuzzyTokenizer(nn.Module):
         dilations: one residual block each.
         activation: of the blocks, see `ResidualCausalBlock`.
         embedding_dim: size of z; None leaves it at `dim`, without a projection.
+        fold: whether embedding, LayerNorm and first block become look-ups in a table of what each id gives, see
+            `fuzzytok_kernels.byte_causal_conv1d`: the same up to rounding, in a fraction of the time. Where one of these modules has hooks,
+            another forward or parameters of its own that a look-up cannot respect, they run one by one all the same.
         num_special: ids beyond the 256 bytes; the first four have names and attributes, None where there are fewer:
             `pad_id` (256), `begin_id` (257), `end_id` (258), `document_id` (259).
 
@@ -41,11 +48,13 @@ class FuzzyTokenizer(nn.Module):
         activation: str = "gelu",
         embedding_dim: int | None = None,
         num_special: int = 0,
+        fold: bool = True,
     ) -> None:
         super().__init__()
         if num_special < 0:
             raise ValueError(f"num_special is {num_special}; expected at least 0")
         dilations = tuple(dilations)
+        self.fold = fold
         self.num_ids = _BYTES + num_special
         specials = [i if i < self.num_ids else None for i in range(_BYTES, _BYTES + 4)]
         self.pad_id, self.begin_id, self.end_id, self.document_id = specials
@@ -64,21 +73,29 @@ class FuzzyTokenizer(nn.Module):
         Raises:
             ValueError: ids is not (B, T).
             TypeError: ids is neither uint8 nor long.
-            IndexError: on the CPU, an id below 0 or from `num_ids` up. On a GPU that is the embedding's device-side assertion, since
-                a check here would wait for the GPU.
+            IndexError: on the CPU, an id below 0 or from `num_ids` up. A check on a GPU would wait for it: there z is NaN where such an id
+                is seen, or, without the fold, the embedding's device-side assertion fails.
         """
-        e = self._embed(ids)  # (B, T, C)
-        h = e.mT  # (B, C, T), channels-last in memory: a view on the way in and on the way out
-        for block in self.blocks:
-            h = block(h, cu_seqlens)
+        check_ids(ids)
+        blocks: list[Any] = list(self.blocks)
+        folded = self.fold and foldable(self)
+        h = self._folded(ids, blocks.pop(0), cu_seqlens) if folded else self._embed(ids).mT
+        for block in blocks:  # h (B, C, T), channels-last in memory: a view on the way in and on the way out
+            h = block(h) if cu_seqlens is None else block(h, cu_seqlens)  # so that a block of the user's need not take it
         return self.projection(h.mT)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        _check_ids(ids)
         try:
             return self.norm(self.embedding(ids.long()))
         except IndexError as error:
             raise IndexError(f"ids reach from {ids.min()} to {ids.max()}; expected 0 to {self.num_ids - 1}") from error
+
+    def _folded(self, ids: Tensor, first: Any, cu_seqlens: Tensor | None) -> Tensor:
+        """What the `first` block makes of `_embed`, by look-ups."""
+        rows, conv = self.norm(self.embedding.weight), first.conv  # (num_ids, C)
+        return byte_causal_conv1d(
+            ids, rows, conv.weight, conv.bias, dilation=conv.dilation, activation=first.activation, cu_seqlens=cu_seqlens
+        )
 
     def encode(self, texts: str | bytes | Sequence[str | bytes]) -> tuple[Tensor, Tensor]:
         """Text to the ids that `forward` takes: long ids (B, T) and lengths (B,), on the device of the parameters.
@@ -108,7 +125,7 @@ class FuzzyTokenizer(nn.Module):
         Raises:
             ValueError: ids is not (B, T) or has one below 0, or lengths is not (B,) or has one below 0.
         """
-        _check_ids(ids)
+        check_ids(ids)
         ends = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
         if len(ends) != len(ids) or min(ends, default=0) < 0:
             raise ValueError(f"lengths is {ends}; expected {len(ids)} numbers, one a row of ids, none below 0")
@@ -134,14 +151,6 @@ def bits_per_byte(logits: Tensor, targets: Tensor, lengths: Tensor | None = None
         targets = targets.masked_fill(steps >= lengths[:, None], _IGNORED)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED) / math.log(2)
-
-
-def _check_ids(ids: Tensor) -> None:
-    if ids.dim() != 2:
-        hint = "; add a batch dimension with unsqueeze(0)" if ids.dim() == 1 else ""
-        raise ValueError(f"ids has shape {tuple(ids.shape)}; expected 2 dimensions (batch, time){hint}")
-    if ids.dtype not in (torch.uint8, torch.long):
-        raise TypeError(f"ids has dtype {ids.dtype}; expected uint8 or int64")
 
 
 def _to_bytes(text: str | bytes) -> bytes:
