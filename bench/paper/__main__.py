@@ -1,0 +1,123 @@
+"""`python3 -m bench.paper prepare|table1|table2|radical|report [--smoke]`: the paper's evaluation, one command a table.
+
+Runs lie in bench/paper/work, tables and the report in bench/paper/results; a command that is stopped, or whose time is up, goes on
+where it was when it is given again.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.paper import radical_table, report, table1, table2
+from bench.paper.config import Settings, load_settings
+from bench.paper.packages import MissingPackageError
+from bench.paper.prepare import CORPORA, prepare, prepare_smoke
+from bench.paper.runs import Place
+from bench.paper.train import OutOfTimeError
+from bench.results import slug
+from fuzzytok_kernels.tuning.gpu import versions
+
+FOLDER = Path(__file__).parent
+COMMANDS = ("prepare", "table1", "table2", "radical", "report")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (MissingPackageError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise SystemExit(f"bench.paper: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument(
+        "--smoke", action="store_true", help="everything tiny, on the help texts of Python's standard library: minutes on a CPU"
+    )
+    parser.add_argument("--corpus", choices=list(CORPORA), action="append", help="only this one; may be given twice (default: both)")
+    parser.add_argument("--seeds", type=int, help="only the first so many seeds")
+    parser.add_argument("--train-mib", type=float, help="bytes that each run trains on, in MiB; runs of another size start anew")
+    parser.add_argument("--budget-seconds", type=float, default=math.inf, help="stop after about so long, to go on with the same command")
+    parser.add_argument("--work", type=Path, default=FOLDER / "work", help="for packages, corpora and runs (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="for tables and the report (default: bench/paper/results/<GPU>, or smoke)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    corpora = ["smoke"] if options.smoke else options.corpus or list(CORPORA)
+    if options.command == "prepare":
+        prepare_smoke(options.work) if options.smoke else prepare(options.work, corpora)
+        return
+    folder = options.results or FOLDER / "results" / ("smoke" if options.smoke else slug())
+    if options.command == "report":
+        print(report.write(folder))
+        return
+    if options.smoke and options.command != "table1":
+        prepare_smoke(options.work)
+    begin, stored = time.monotonic(), report.read(folder)
+    figures, left = _measured(options, corpora, begin, stored)
+    _store(folder, options.command, figures, left, time.monotonic() - begin, stored)
+    print(report.write(folder))
+    if left:
+        print(f"bench.paper: {left}; the same command goes on from there", file=sys.stderr)
+
+
+def _measured(options: argparse.Namespace, corpora: list[str], begin: float, stored: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The figures of a table, and what is left to do."""
+    if options.command == "table1":
+        return table1.measure(), None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = Place(options.work / "runs" / slug(), device, begin + options.budget_seconds)
+    earlier = stored.get("table2", {}).get("figures", {})
+    if options.command == "table2":
+        return table2.measure(options.work, corpora, _settings(options), place, earlier)
+    try:
+        found = radical_table.measure(options.work, corpora, _settings(options), place, earlier)
+    except OutOfTimeError as error:
+        raise SystemExit(f"bench.paper: {error}; the same command goes on from there") from error
+    return stored.get("radical", {}).get("figures", {}) | found, None
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    settings = load_settings("smoke" if options.smoke else "full")
+    if options.train_mib:
+        settings = settings._replace(train_mib=options.train_mib)
+    if options.seeds:
+        settings = settings._replace(seeds={corpus: seeds[: options.seeds] for corpus, seeds in settings.seeds.items()})
+    return settings
+
+
+def _store(folder: Path, name: str, figures: dict[str, Any], left: str | None, seconds: float, stored: dict[str, Any]) -> None:
+    before = stored.get(name, {}).get("facts", {}).get("seconds", 0.0) if name == "table2" else 0.0  # of the calls before
+    facts = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "commit": _commit(),
+        "seconds": before + seconds,
+        "left": left,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{name}.unfinished"
+    unfinished.write_text(json.dumps({"facts": facts, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / f"{name}.json")
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=FOLDER, check=False)
+    return done.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    main()

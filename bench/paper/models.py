@@ -1,0 +1,151 @@
+"""The models: ids to states, and a head that says the next id. What each costs by its own arithmetic stands beside it."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.model.forms import Conv1dResidual
+from fuzzytok_kernels import FuzzyTokenizer
+
+KINDS = ("conv", "conv1d", "lstm", "transformer")
+HEAD_DIM = 64
+_CYCLE, _KERNEL_SIZE = (1, 2, 4), 3
+_BYTES = 256
+
+
+class Size(NamedTuple):
+    """Of a model: `depth` counts cycles of dilations or layers, `inner` is the Transformer's hidden width and 0 for others."""
+
+    kind: str
+    vocabulary: int
+    depth: int
+    width: int
+    inner: int = 0
+
+    @property
+    def receptive_field(self) -> int | None:
+        """In ids, the present one included; None if there is no limit."""
+        return 1 + self.depth * (_KERNEL_SIZE - 1) * sum(_CYCLE) if self.kind in ("conv", "conv1d") else None
+
+    def flops(self, length: int) -> float:
+        """Of a forward pass, for each id of a window of `length`: two for each multiplication and addition of a matrix product.
+
+        Attention's products with what the causal mask leaves out do not count.
+        """
+        width, head = self.width, 2 * self.width * self.vocabulary
+        per_layer = {
+            "conv": len(_CYCLE) * 2 * _KERNEL_SIZE * width**2,
+            "conv1d": len(_CYCLE) * 2 * _KERNEL_SIZE * width**2,
+            "lstm": 2 * 4 * 2 * width**2,
+            "transformer": 2 * 4 * width**2 + 2 * 2 * width * self.inner + 2 * 2 * width * (length + 1) / 2,
+        }
+        return self.depth * per_layer[self.kind] + head
+
+
+class LanguageModel(nn.Module):
+    """ids (B, T) -> logits (B, T, vocabulary) of the id that follows each."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        self.body = {"conv": conv_body, "conv1d": conv1d_body, "lstm": Lstm, "transformer": Transformer}[size.kind](size)
+        self.head = nn.Linear(size.width, size.vocabulary)
+
+    def states(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, width)."""
+        return self.body(ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.states(ids))
+
+    @property
+    def embedding(self) -> nn.Parameter:
+        """(vocabulary, width)."""
+        return self.body.embedding.weight
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """ids (B, T + 1) -> the mean cross-entropy of each id from those before it, in nats."""
+        return F.cross_entropy(self(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten().long())
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """All, and those outside the embedding table."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total, total - self.embedding.numel()
+
+
+def conv_body(size: Size) -> FuzzyTokenizer:
+    """FuzzyTok; ids beyond the bytes are special ones to it, whatever they stand for."""
+    return FuzzyTokenizer(size.width, _KERNEL_SIZE, _CYCLE * size.depth, num_special=size.vocabulary - _BYTES)
+
+
+def conv1d_body(size: Size) -> FuzzyTokenizer:
+    """The same model with PyTorch's convolution, as people write it."""
+    body = conv_body(size)
+    body.blocks = nn.Sequential(*(Conv1dResidual(block.conv, torch.bfloat16) for block in body.blocks))  # type: ignore[arg-type]
+    return body
+
+
+class Lstm(nn.Module):
+    """Embedding and LSTM layers, no wider inside than outside."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocabulary, size.width)
+        self.layers = nn.LSTM(size.width, size.width, size.depth, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers(self.embedding(ids.long()))[0]
+
+
+class Transformer(nn.Module):
+    """Pre-norm layers of causal attention with rotary positions, so that it takes any length."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocabulary, size.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.layers = nn.ModuleList(_Layer(size.width, size.inner, size.depth) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids.long())
+        turns = _rotations(ids.shape[1], x)
+        for layer in self.layers:
+            x = layer(x, turns)
+        return self.norm(x)
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, inner: int, depth: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // HEAD_DIM)
+        self.norm_attention, self.norm_inner = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.projections, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.inner, self.inner_out = nn.Linear(width, inner), nn.Linear(inner, width)
+        for linear in (self.projections, self.inner):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.out, self.inner_out):
+            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.projections(self.norm_attention(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        attended = F.scaled_dot_product_attention(_turned(q, turns), _turned(k, turns), v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.inner_out(F.gelu(self.inner(self.norm_inner(x))))
+
+
+def _rotations(length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (T, HEAD_DIM / 2) each, of the angle of each position and pair."""
+    rates = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2, device=like.device) / HEAD_DIM)
+    angles = torch.arange(length, device=like.device)[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, H, T, D), each pair of its halves turned by its angle."""
+    cosine, sine = (turn.to(x.dtype) for turn in turns)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)

@@ -1,0 +1,118 @@
+"""The runs of a table: each trained to its end, and its evaluations, each stored as soon as it is there."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.model.attempts import free
+from bench.paper.bundle import Bundle
+from bench.paper.causality import causality
+from bench.paper.config import ModelConfig, Run, Settings, model_names, resolve
+from bench.paper.costs import memory, speed
+from bench.paper.evaluate import bits_per_byte, robustness
+from bench.paper.models import LanguageModel
+from bench.paper.radical import of_model
+from bench.paper.train import OutOfTimeError, Training
+
+
+class Place(NamedTuple):
+    """Where runs are kept, where they run, and until when."""
+
+    folder: Path
+    device: torch.device
+    deadline: float
+
+
+class Outcome:
+    """What is known of one run: `result.json` in its folder, a figure a key."""
+
+    def __init__(self, run: Run, bundle: Bundle, place: Place, earlier: dict[str, Any]) -> None:
+        self.run, self.bundle, self.place = run, bundle, place
+        self.folder = place.folder / run.settings.name / run.name
+        self.figures: dict[str, Any] = self._kept() or self._taken(earlier)
+
+    def figure(self, name: str, make: Callable[[], Any]) -> Any:
+        """The stored figure, or `make()`, stored.
+
+        Raises:
+            OutOfTimeError: it is not there, and the time is up.
+        """
+        if name not in self.figures:
+            if time.monotonic() >= self.place.deadline:
+                raise OutOfTimeError(f"{self.run.name}: {name} is left to do")
+            self.figures[name] = make()
+            self._write()
+        return self.figures[name]
+
+    def train(self) -> dict[str, Any]:
+        """Its training, whole."""
+        return self.figure("training", lambda: self._trained())
+
+    def trained(self) -> LanguageModel:
+        """With the weights of the end."""
+        model = LanguageModel(self.run.size).to(self.place.device)
+        model.load_state_dict(torch.load(self.folder / "weights.pt", map_location=self.place.device, weights_only=True))
+        return model
+
+    def evaluate(self) -> None:
+        """Train, and all that Table 2 asks of a trained model."""
+        self.train()
+        vocabulary, window = self.run.model.vocabulary, self.run.length
+        evaluations: dict[str, Callable[[LanguageModel], Any]] = {
+            "test": lambda model: bits_per_byte(model, self.bundle, vocabulary, "test", window),
+            "robustness": lambda model: robustness(model, self.bundle, vocabulary, window),
+            "causality": lambda model: causality(model, self.run.settings.checked),
+            "radical": lambda model: of_model(model, self.bundle, vocabulary),
+        }
+        for name, evaluation in evaluations.items():
+            self.figure(name, lambda evaluation=evaluation: evaluation(self.trained()))
+
+    def costs(self) -> None:
+        """Memory and speed, on a GPU."""
+        bytes_per_id = self.bundle.bytes_per_id(self.run.model.vocabulary)
+        self.figure("memory", lambda: memory(self.run, bytes_per_id, self.place.device))
+        self.figure("speed", lambda: speed(self.run, self.place.device))
+
+    def _trained(self) -> dict[str, Any]:
+        training = Training(self.run, self.bundle, self.folder, self.place.device)
+        try:
+            return training.go(self.place.deadline)
+        finally:
+            del training
+            free()
+
+    def stored(self) -> dict[str, Any]:
+        """The run and its figures, as JSON holds them."""
+        return {"run": self.run.stored(), "figures": self.figures}
+
+    def _kept(self) -> dict[str, Any]:
+        """From the run's folder, which is made if it is not there."""
+        path, config = self.folder / "result.json", json.dumps(self.run.stored(), indent=1) + "\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = self.folder / "config.json"
+        if written.exists() and written.read_text(encoding="utf-8") != config:
+            raise ValueError(f"{self.folder} holds a run with another configuration: remove it to start anew")
+        written.write_text(config, encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def _taken(self, earlier: dict[str, Any]) -> dict[str, Any]:
+        """From an earlier table, if it is of the same run: its machine, and with it the folder, may be gone."""
+        same = earlier.get("run") == json.loads(json.dumps(self.run.stored()))
+        return dict(earlier["figures"]) if same else {}
+
+    def _write(self) -> None:
+        unfinished = self.folder / "result.unfinished"
+        unfinished.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(self.folder / "result.json")
+
+
+def outcomes(bundle: Bundle, settings: Settings, place: Place, earlier: dict[str, Any]) -> list[Outcome]:
+    """All runs on a corpus, seed by seed, so that a table that is not finished has every model; `earlier` are stored ones by name."""
+    models = [ModelConfig.load(name) for name in model_names()]
+    seeds = settings.seeds[bundle.facts["name"]]
+    runs = [resolve(model, bundle, settings, seed) for seed in seeds for model in models if model.trained or seed == seeds[0]]
+    return [Outcome(run, bundle, place, earlier.get(run.name, {})) for run in runs]

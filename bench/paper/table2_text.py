@@ -1,0 +1,241 @@
+"""Table 2 in markdown: quality, costs, causality, robustness, and the columns that FuzzyTok loses."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from bench.paper.claims import MEMORY_SAVED, TABLE2
+from bench.paper.config import REFERENCE
+from bench.paper.models import Size
+from bench.paper.noises import LABELS, NOISES
+from bench.report import table
+
+Runs = list[dict[str, Any]]  # of one model, by seed: "run" and "figures"
+_MIB_OF_CLAIM = {"16x1024": "bpe4096-conv", "32x2048": "byte-transformer"}
+
+
+class Model(NamedTuple):
+    """The runs of one model on one corpus, and what they have in common."""
+
+    name: str
+    label: str
+    size: Size
+    bytes_per_id: float
+    runs: Runs
+
+    def values(self, *path: str) -> list[float]:
+        """The figure at `path` of every run that has it."""
+        found = []
+        for run in self.runs:
+            value: Any = run["figures"]
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None and not isinstance(value, dict):
+                found.append(value)
+        return found
+
+    def mean(self, *path: str) -> float | None:
+        return statistics.mean(values) if (values := self.values(*path)) else None
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Of a forward pass."""
+        return self.size.flops(self.runs[0]["run"]["length"]) / self.bytes_per_id
+
+
+def models(corpus: dict[str, Any]) -> dict[str, Model]:
+    """By name, those with figures."""
+    found: dict[str, Model] = {}
+    for each in corpus["runs"].values():
+        config = each["run"]["model"]
+        facts = corpus["facts"]
+        bytes_per_id = facts["bytes"]["train"] / facts["ids"][config["vocabulary"]]
+        fresh = Model(config["name"], config["label"], Size(**each["run"]["size"]), bytes_per_id, [])
+        found.setdefault(config["name"], fresh).runs.append(each)
+    return found
+
+
+def text(figures: dict[str, Any]) -> str:
+    """All of it, by corpus."""
+    parts = ["## Table 2", _METHOD]
+    for name, corpus in figures.items():
+        found = models(corpus)
+        parts += [f"### The {name} corpus", _corpus(corpus["facts"])]
+        parts += [_quality(corpus["facts"], found), _robustness(found), _causality(corpus["facts"], found)]
+        if costs := _costs(found):
+            parts.append(costs)
+        parts.append(_lost(found))
+    parts += ["### The paper's Table 2", _paper()]
+    return "\n\n".join(parts)
+
+
+_METHOD = """\
+All models see the same bytes in training, in windows of as many bytes, and spend as many FLOPs on a byte (a forward pass; a training step takes three
+times that): widths are chosen to match FuzzyTok with a receptive field of 43. Bits per byte are Σ NLL / (ln 2 · UTF-8 bytes) of the
+whole test part, every token and every end mark counted, each scored with at least half a window before it; loss (nats) and perplexity are of a
+byte too. Mean ± standard deviation over the seeds. The learning rates are those of the config files, not searched for each model."""
+
+
+def _corpus(facts: dict[str, Any]) -> str:
+    sources = "; ".join(f"{name}, {each['documents']:,} documents, {each['bytes'] / 1e6:.1f} MB" for name, each in facts["sources"].items())
+    tokens = ", ".join(f"{name} {facts['bytes']['train'] / count:.2f}" for name, count in facts["ids"].items())
+    sizes = ", ".join(f"{part} {size / 1e6:.2f} MB in {facts['documents'][part]:,} documents" for part, size in facts["bytes"].items())
+    return (
+        f"{sources}; after duplicates were removed. Split by document: {sizes}. sha256 of the test part: `{facts['sha256']['test'][:16]}`. "
+        f"Bytes a token: {tokens}."
+    )
+
+
+def _quality(facts: dict[str, Any], found: dict[str, Model]) -> str:
+    header = (
+        "",
+        "bits/byte",
+        "loss",
+        "perplexity",
+        "parameters",
+        "without embedding",
+        "FLOPs/byte",
+        "receptive field, bytes",
+        "training MiB",
+        "seeds",
+    )
+    lines = []
+    for model in found.values():
+        if values := model.values("test"):
+            total, inner = _parameters(model)
+            mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+            cells = [f"{mean:.4f}" + ("" if sd is None else f" ± {sd:.4f}"), f"{mean * math.log(2):.4f}", f"{2**mean:.3f}"]
+            field = model.size.receptive_field
+            reach = "no limit" if field is None else f"{field * model.bytes_per_id:.0f}"
+            cells += [f"{total:,}", f"{inner:,}", f"{model.flops_per_byte / 1e6:.2f} M", reach]
+            cells += [f"{(model.mean('training', 'bytes') or 0) / (1 << 20):.1f}", str(len(values))]
+            lines.append((model.label, *cells))
+    for label, name in (("byte 5-gram (Witten-Bell)", "5-gram"), ("xz -9e, the test part alone", "xz")):
+        mean = facts[name]
+        lines.append((label, f"{mean:.4f}", f"{mean * math.log(2):.4f}", f"{2**mean:.3f}", *[""] * 6))
+    return table(header, lines)
+
+
+def _parameters(model: Model) -> tuple[int, int]:
+    import torch
+
+    from bench.paper.models import LanguageModel
+
+    with torch.device("meta"):
+        return LanguageModel(model.size).parameter_counts()
+
+
+def _robustness(found: dict[str, Model]) -> str:
+    lines = []
+    for model in found.values():
+        if (clean := model.mean("robustness", "none")) is not None:
+            noisy = [model.mean("robustness", noise) for noise in NOISES]
+            lines.append((model.label, f"{clean:.3f}", *("–" if value is None else f"+{value - clean:.3f}" for value in noisy)))
+    title = "Robustness: bits per byte of documents of the test part, and how many more with each noise\n\n"
+    return title + table(("", "no noise", *(LABELS[noise] for noise in NOISES)), lines)
+
+
+def _causality(facts: dict[str, Any], found: dict[str, Model]) -> str:
+    lines = []
+    for model in found.values():
+        checks = [run["figures"]["causality"] for run in model.runs if "causality" in run["figures"]]
+        if checks:
+            equal, gradient = (all(check[name] for check in checks) for name in ("bit_equal", "gradient"))
+            field, reach = model.size.receptive_field, max(check["reach"] for check in checks)
+            exact = (
+                f"{field} of {field}" if field and all(check["exact"] for check in checks) else f"{reach} of {field or checks[0]['length']}"
+            )
+            moved = facts["changed_by_the_future"].get(model.runs[0]["run"]["model"]["vocabulary"])
+            lines.append((model.label, _yes(equal), _yes(gradient), exact, "none" if moved is None else f"{moved:.1%} of cuts"))
+    title = "Causality: of the trained models, in ids. A token itself is not causal in bytes: the last column says how often other bytes behind a token's end change\na token before it.\n\n"
+    header = (
+        "",
+        "earlier outputs bit-equal",
+        "no gradient from later",
+        "ids seen, of the receptive field or of the text",
+        "tokens that the future changes",
+    )
+    return title + table(header, lines)
+
+
+def _costs(found: dict[str, Model]) -> str | None:
+    """Of the models that were timed; the savings are FuzzyTok's."""
+    timed = [model for model in found.values() if model.values("memory", "16x1024") or model.values("speed", "step_ms")]
+    if not timed:
+        return None
+    ours = {shape: found[REFERENCE].mean("memory", shape) if REFERENCE in found else None for shape in MEMORY_SAVED}
+    lines = []
+    for model in timed:
+        cells = []
+        for shape, own in ours.items():
+            peak = model.mean("memory", shape)
+            cells += [
+                "failed" if peak is None else f"{peak:,.0f}",
+                "–" if not peak or not own or model.name == REFERENCE else f"{1 - own / peak:.1%}",
+            ]
+        lines.append((model.label, *cells, *_speeds(model)))
+    header = ("", "MiB, 16 x 1024 bytes", "FuzzyTok saves", "MiB, 32 x 2048 bytes", "FuzzyTok saves")
+    header += ("training MB/s", "compiled MB/s", "step over forward + backward alone")
+    claims = ", ".join(f"{share:.1%} at {shape} against `{_MIB_OF_CLAIM[shape]}`'s kind" for shape, share in MEMORY_SAVED.items())
+    title = f"Costs: peak of everything allocated in a training step launched op by op, at equal bytes; the paper claims {claims}. Training speed in source bytes, waited for\nstep by step, median of at least 50; the last column is the share of the speed that the model bench's step (no optimiser, no data) reaches.\n\n"
+    return title + table(header, lines)
+
+
+def _speeds(model: Model) -> Iterator[str]:
+    run = model.runs[0]["run"]
+    step_bytes = run["settings"]["batch"] * run["length"] * model.bytes_per_id
+    trained = model.mean("training", "bytes_per_s")
+    step, alone, compiled = (model.mean("speed", name) for name in ("step_ms", "model_ms", "compiled_ms"))
+    yield "–" if trained is None and step is None else f"{(trained or step_bytes / (step or 1) * 1e3) / 1e6:.2f}"
+    yield "–" if compiled is None else f"{step_bytes / compiled / 1e3:.2f}"
+    yield "–" if alone is None or step is None else f"{alone / step:.0%}"
+
+
+def _lost(found: dict[str, Model]) -> str:
+    """Every column in which another model is better than the better of the two FuzzyToks."""
+    ours = [model for model in found.values() if model.name.startswith("fuzzytok") and model.values("test")]
+    rivals = [model for model in found.values() if not model.name.startswith("fuzzytok")]
+    columns: dict[str, tuple[Callable[[Model], float | None], bool]] = {
+        "bits per byte": (lambda model: model.mean("test"), False),
+        "training bytes/s": (lambda model: model.mean("training", "bytes_per_s"), True),
+        "training bytes/s, compiled": (_compiled_rate, True),
+        "parameters": (lambda model: _parameters(model)[0], False),
+        **{f"memory at {shape}": (lambda model, shape=shape: model.mean("memory", shape), False) for shape in MEMORY_SAVED},
+        **{f"noise, {LABELS[noise]}": (lambda model, noise=noise: _more(model, noise), False) for noise in NOISES},
+    }
+    lines = []
+    for name, (value, larger) in columns.items():
+        own = [(each, model) for model in ours if (each := value(model)) is not None]
+        theirs = [(each, model) for model in rivals if (each := value(model)) is not None]
+        if own and theirs:
+            best = (max if larger else min)(own, key=lambda pair: pair[0])
+            better = sorted(
+                (pair for pair in theirs if (pair[0] > best[0]) == larger and pair[0] != best[0]), key=lambda pair: pair[0], reverse=larger
+            )
+            if better:
+                lines.append(
+                    (name, f"{best[0]:,.4g} ({best[1].label})", ", ".join(f"{each:,.4g} ({model.label})" for each, model in better))
+                )
+    body = table(("column", "FuzzyTok's better one", "better than that"), lines) if lines else "Nowhere."
+    return f"Where FuzzyTok loses\n\n{body}"
+
+
+def _compiled_rate(model: Model) -> float | None:
+    milliseconds = model.mean("speed", "compiled_ms")
+    run = model.runs[0]["run"]
+    return milliseconds and run["settings"]["batch"] * run["length"] * model.bytes_per_id / milliseconds * 1e3
+
+
+def _more(model: Model, noise: str) -> float | None:
+    clean, noisy = model.mean("robustness", "none"), model.mean("robustness", noise)
+    return None if clean is None or noisy is None else noisy - clean
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "**no**"
+
+
+def _paper() -> str:
+    columns = list(next(iter(TABLE2.values())))
+    return table(("as printed", *columns), ((name, *(str(row[column]) for column in columns)) for name, row in TABLE2.items()))
