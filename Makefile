@@ -43,6 +43,11 @@ bench: .venv/installed-bench
 bench-check: .venv/installed-bench
 	$(BIN)/python -m bench.check
 
+# The paper's evaluation at tiny size, every table; on a GPU machine `python3 -m bench.paper` does the real one and installs nothing.
+.PHONY: paper-smoke
+paper-smoke: .venv/installed-paper
+	for table in table1 table2 radical; do OMP_WAIT_POLICY=passive $(BIN)/python -m bench.paper $$table --smoke || exit; done
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv --clear .venv
@@ -57,4 +62,8 @@ bench-check: .venv/installed-bench
 
 .venv/installed-bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+.venv/installed-paper: .venv/installed-bench
+	$(BIN)/python -m pip install --quiet --editable '.[paper]'
 	touch $@

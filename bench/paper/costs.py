@@ -1,5 +1,6 @@
 """What training a model costs on a GPU: peak memory at the paper's two shapes, and the speed of the step beside that of the model alone."""
 
+import functools
 import gc
 import statistics
 import time
@@ -23,7 +24,7 @@ def memory(run: Run, bytes_per_id: float, device: torch.device) -> dict[str, Any
     """Peak MiB of everything that training allocates at each shape, weights and optimiser included, in windows of equal bytes."""
     figures = {}
     for B, T in SHAPES:
-        figures[f"{B}x{T}"] = attempted(lambda B=B, T=T: _peak_mib(run, B, round(T / bytes_per_id), device))
+        figures[f"{B}x{T}"] = attempted(functools.partial(_peak_mib, run, B, round(T / bytes_per_id), device))
         free()
     return figures
 
@@ -46,7 +47,7 @@ def speed(run: Run, device: torch.device) -> dict[str, Any]:
     """Milliseconds of a training step as the run takes it, of its forward and backward alone, and of the step compiled by PyTorch."""
     figures: dict[str, Any] = {}
     for name, measure in (("step_ms", _step_ms), ("model_ms", _model_ms), ("compiled_ms", _compiled_ms)):
-        figures[name] = attempted(lambda measure=measure: measure(run, device))
+        figures[name] = attempted(functools.partial(measure, run, device))
         free()
     return figures
 

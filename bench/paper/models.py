@@ -1,7 +1,7 @@
 """The models: ids to states, and a head that says the next id. What each costs by its own arithmetic stands beside it."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,16 +64,20 @@ class LanguageModel(nn.Module):
     @property
     def embedding(self) -> nn.Parameter:
         """(vocabulary, width)."""
-        return self.body.embedding.weight
+        embedding: Any = self.body.embedding
+        return embedding.weight
 
     def loss(self, ids: Tensor) -> Tensor:
         """ids (B, T + 1) -> the mean cross-entropy of each id from those before it, in nats."""
         return F.cross_entropy(self(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten().long())
 
-    def parameter_counts(self) -> tuple[int, int]:
-        """All, and those outside the embedding table."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return total, total - self.embedding.numel()
+
+def parameter_counts(size: Size) -> tuple[int, int]:
+    """Of a model of this size: all, and those outside the embedding table."""
+    with torch.device("meta"):
+        model = LanguageModel(size)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - model.embedding.numel()
 
 
 def conv_body(size: Size) -> FuzzyTokenizer:

@@ -31,7 +31,7 @@ def upper_case(text: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def swaps(text: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Neighbours exchanged at 5 % of the places; a byte moves once at most."""
     swapped, last = text.copy(), -2
-    for place in np.flatnonzero(random.random(max(0, len(text) - 1)) < 0.05):
+    for place in np.flatnonzero(random.random(max(0, len(text) - 1)) < 0.05).tolist():
         if place > last + 1:
             swapped[[place, place + 1]] = text[[place + 1, place]]
             last = place

@@ -42,8 +42,9 @@ def check(packages: Iterable[Package], folder: Path) -> None:
     if missing:
         names = " ".join(f"{package.name}={package.version}" for package in missing)
         raise MissingPackageError(
-            f"{', '.join(package.file for package in missing)} not in {folder}: mkdir -p {folder} && cd {folder} && apt-get download {names}"
-            "    (Debian 12; versions that its mirrors no longer have are on snapshot.debian.org)"
+            f"{', '.join(package.file for package in missing)} not in {folder}: "
+            f"mkdir -p {folder} && cd {folder} && apt-get download {names}"
+            "    (on Debian 12; versions that its mirrors no longer have are on snapshot.debian.org)"
         )
     for package in packages:
         if (found := hashlib.sha256((folder / package.file).read_bytes()).hexdigest()) != package.sha256:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.paper.bundle import Bundle
-from bench.paper.config import REFERENCE, Settings
+from bench.paper.config import Settings
 from bench.paper.models import LanguageModel
 from bench.paper.prepare import path_of
 from bench.paper.radical import of_baselines, of_model
@@ -55,24 +55,25 @@ def text(figures: dict[str, Any]) -> str:
             lines = [(label, *_cells([row[language] for row in rows])) for label, rows in found["rows"].items()]
             counts = next(iter(found["rows"].values()))[0][language]["counts"]
             parts.append(
-                f"### {language.capitalize()} words, models of the {corpus} corpus\n\n{counts['families']} families of {counts['words']} words;"
-                f" {counts['same']:,} pairs of one family, {counts['random']:,} random ones, {counts['prefix']:,} with the same first letters."
+                f"### {language.capitalize()} words, models of the {corpus} corpus\n\n"
+                f"{counts['families']} families of {counts['words']} words; {counts['same']:,} pairs of one family, "
+                f"{counts['random']:,} random ones, {counts['prefix']:,} with the same first letters."
             )
             parts.append(table(("", *COLUMNS.values()), lines))
     return "\n\n".join(parts)
 
 
-_METHOD = f"""\
-e(w) is the mean of the final states over the ids of `" " + w`; words of one root are words to which Snowball gives one stem. The raw ratio, mean cosine of
-words of one root over mean cosine of words of different roots, is what the paper prints (1.1186 for FuzzyTok and for the LSTM, 1.0917, 1.0524). It depends on
-how far all vectors point the same way, before on anything else: see the bag of bytes and the untrained models. The gap is the difference of the two mean
-cosines after the mean of all vectors is taken off; the AUC is the probability that a pair of one root is closer than a pair of two, by the same
-cosines: 0.5 is chance. Below each figure of the first seed its interval from resampled families (95 %); where there are several seeds, the
-figure is their mean. `{REFERENCE}` is FuzzyTok, RF 43."""
+_METHOD = """\
+e(w) is the mean of the final states over the ids of `" " + w`; words of one root are words to which Snowball gives one stem. The raw
+ratio, mean cosine of words of one root over mean cosine of words of different roots, is what the paper prints (1.1186 for FuzzyTok and
+for the LSTM, 1.0917, 1.0524). Before anything else it depends on how far all vectors point the same way: see the bag of bytes and the
+untrained models. The gap is the difference of the two mean cosines after the mean of all vectors is taken off; the AUC is the
+probability that a pair of one root is closer than a pair of two, by the same cosines: 0.5 is chance. In brackets the interval of the
+first seed from resampled families (95 %); where there are several seeds, the figure before it is their mean."""
 
 
 def _cells(rows: list[dict[str, Any]]) -> Iterator[str]:
     for name in COLUMNS:
         values = [row[name][0] for row in rows if row[name][0] is not None]
         low, high = rows[0][name][1:]
-        yield f"{statistics.mean(values):.3f} [{low:.3f}, {high:.3f}]" if values and low is not None else "–"
+        yield f"{statistics.mean(values):.3f} [{low:.3f}, {high:.3f}]" if values and low is not None else "-"

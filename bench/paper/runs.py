@@ -1,5 +1,6 @@
 """The runs of a table: each trained to its end, and its evaluations, each stored as soon as it is there."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Outcome:
 
     def train(self) -> dict[str, Any]:
         """Its training, whole."""
-        return self.figure("training", lambda: self._trained())
+        return self.figure("training", self._trained)
 
     def trained(self) -> LanguageModel:
         """With the weights of the end."""
@@ -69,13 +70,16 @@ class Outcome:
             "radical": lambda model: of_model(model, self.bundle, vocabulary),
         }
         for name, evaluation in evaluations.items():
-            self.figure(name, lambda evaluation=evaluation: evaluation(self.trained()))
+            self.figure(name, functools.partial(self._evaluated, evaluation))
 
     def costs(self) -> None:
         """Memory and speed, on a GPU."""
         bytes_per_id = self.bundle.bytes_per_id(self.run.model.vocabulary)
         self.figure("memory", lambda: memory(self.run, bytes_per_id, self.place.device))
         self.figure("speed", lambda: speed(self.run, self.place.device))
+
+    def _evaluated(self, evaluation: Callable[[LanguageModel], Any]) -> Any:
+        return evaluation(self.trained())
 
     def _trained(self) -> dict[str, Any]:
         training = Training(self.run, self.bundle, self.folder, self.place.device)
