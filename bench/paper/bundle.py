@@ -9,7 +9,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,18 +19,20 @@ PARTS = ("train", "validation", "test")
 SPELT = "bpe4096"  # the stream that the bytes are taken from
 
 
-class Bundle(NamedTuple):
+class Bundle:
     """`facts` is what JSON can hold; `streams` are ids by (vocabulary, text), an end mark behind every document."""
 
-    facts: dict[str, Any]
-    vocabularies: dict[str, Vocabulary]
-    streams: Mapping[tuple[str, str], np.ndarray]
+    def __init__(self, facts: dict[str, Any], vocabularies: dict[str, Vocabulary], streams: Mapping[tuple[str, str], np.ndarray]) -> None:
+        self.facts, self.vocabularies, self.streams = facts, vocabularies, streams
+        self._spelt: dict[str, np.ndarray] = {}
 
     def ids(self, vocabulary: str, text: str) -> np.ndarray:
         """(N,) the documents of `text`: a part of the split, "noise/<name>" or "words/<language>"."""
-        if vocabulary == BYTES:
-            return self.vocabularies[SPELT].decode(self.streams[SPELT, text])
-        return self.streams[vocabulary, text]
+        if vocabulary != BYTES:
+            return self.streams[vocabulary, text]
+        if text not in self._spelt:
+            self._spelt[text] = self.vocabularies[SPELT].decode(self.streams[SPELT, text])
+        return self._spelt[text]
 
     def vocabulary(self, name: str) -> Vocabulary:
         return BYTE_VOCABULARY if name == BYTES else self.vocabularies[name]

@@ -64,6 +64,11 @@ class Run(NamedTuple):
     def name(self) -> str:
         return f"{self.corpus}/{self.model.name}-s{self.seed}"
 
+    @property
+    def scored_length(self) -> int:
+        """Ids of a window of the evaluation, whose first half is context: at least the receptive field, where there is one."""
+        return max(self.length, 2 * (self.size.receptive_field or 0))
+
     def stored(self) -> dict[str, Any]:
         """As JSON holds it."""
         plain = self._asdict()

@@ -53,7 +53,8 @@ def _bits(model: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
     """(b, T) and (b, T) -> (b, T)."""
     with autocast(ids.device):
         logits = model(ids)
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none") / math.log(2)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape) / math.log(2)
 
 
 def robustness(model: LanguageModel, bundle: Bundle, vocabulary: str, window: int) -> dict[str, float]:

@@ -105,23 +105,26 @@ class _Text(HTMLParser):
         super().__init__()
         self.parts: list[str] = []
         self.hidden: list[str] = []  # the open elements from the outermost hidden one on
+        self.verbatim = 0  # how many <pre> are open
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
         if tag not in _INLINE:
             self.parts.append("\n")
+        self.verbatim += tag == "pre"
         if tag not in _VOID and (self.hidden or tag in _HIDDEN):
             self.hidden.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in _INLINE:
             self.parts.append("\n")
+        self.verbatim -= tag == "pre" and self.verbatim > 0
         if tag in self.hidden:
             while self.hidden.pop() != tag:
                 pass
 
     def handle_data(self, data: str) -> None:
         if not self.hidden:
-            self.parts.append(data)
+            self.parts.append(data if self.verbatim else " ".join(data.split("\n")))
 
 
 def _sphinx(folder: Path) -> Iterator[Document]:

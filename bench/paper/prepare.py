@@ -103,11 +103,15 @@ def bundled(name: str, sources: dict[str, list[Document]], families: dict[str, l
 
 
 def split(documents: Iterable[Document]) -> dict[str, list[Document]]:
-    """90, 5 and 5 % by a hash of each document's group."""
-    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    """90, 5 and 5 % of the bytes, group by group in the order of their names' hashes, so that no group is in two parts."""
+    groups: dict[str, list[Document]] = {}
     for document in documents:
-        place = int.from_bytes(hashlib.sha256(document.group.encode()).digest()[:8], "big") % 100
-        parts["train" if place < 90 else "validation" if place < 95 else "test"].append(document)
+        groups.setdefault(document.group, []).append(document)
+    share = 0.05 * sum(map(_size, groups.values()))
+    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    for group in sorted(groups, key=lambda group: hashlib.sha256(group.encode()).digest()):
+        part = next((part for part in ("test", "validation") if _size(parts[part]) < share), "train")
+        parts[part] += groups[group]
     return parts
 
 

@@ -50,7 +50,7 @@ def _row(raw: list[np.ndarray], centred: list[np.ndarray], weights: list[np.ndar
     same, random = (_mean(values, weight) for values, weight in zip(raw[:2], weights[:2], strict=True))
     centred_same, centred_random = (_mean(values, weight) for values, weight in zip(centred[:2], weights[:2], strict=True))
     return {
-        "ratio": same / random,
+        "ratio": same / random if random else float("nan"),  # words that share nothing: a few resamples of trigrams
         "same": same,
         "random": random,
         "gap": centred_same - centred_random,

@@ -62,7 +62,7 @@ class Outcome:
     def evaluate(self) -> None:
         """Train, and all that Table 2 asks of a trained model."""
         self.train()
-        vocabulary, window = self.run.model.vocabulary, self.run.length
+        vocabulary, window = self.run.model.vocabulary, self.run.scored_length
         evaluations: dict[str, Callable[[LanguageModel], Any]] = {
             "test": lambda model: bits_per_byte(model, self.bundle, vocabulary, "test", window),
             "robustness": lambda model: robustness(model, self.bundle, vocabulary, window),

@@ -105,7 +105,7 @@ class Training:
         if validate:
             settings = self.run.settings
             row["validation"] = bits_per_byte(
-                self.model, self.bundle, self.run.model.vocabulary, "validation", self.run.length, settings.validation_kib << 10
+                self.model, self.bundle, self.run.model.vocabulary, "validation", self.run.scored_length, settings.validation_kib << 10
             )
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
