@@ -1,4 +1,4 @@
-"""`python3 -m bench.paper prepare|table1|table2|radical|report [--smoke]`: the paper's evaluation, one command a table.
+"""`python3 -m bench.paper prepare|table1|table2|radical|sweep|report [--smoke]`: the paper's evaluation, one command a table.
 
 Runs lie in bench/paper/work, tables and the report in bench/paper/results; a command that is stopped, or whose time is up, goes on
 where it was when it is given again.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.paper import radical_table, report, table1, table2
+from bench.paper import radical_table, report, sweep, table1, table2
 from bench.paper.config import Settings, load_settings
 from bench.paper.packages import MissingPackageError
 from bench.paper.prepare import CORPORA, prepare, prepare_smoke
@@ -27,7 +27,7 @@ from bench.results import slug
 from fuzzytok_kernels.tuning.gpu import versions
 
 FOLDER = Path(__file__).parent
-COMMANDS = ("prepare", "table1", "table2", "radical", "report")
+COMMANDS = ("prepare", "table1", "table2", "radical", "sweep", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +83,8 @@ def _measured(options: argparse.Namespace, corpora: list[str], begin: float, sto
     if options.command == "table2":
         return table2.measure(options.work, corpora, _settings(options), place, earlier)
     try:
+        if options.command == "sweep":
+            return sweep.measure(options.work, corpora[0], _settings(options), place), None
         found = radical_table.measure(options.work, corpora, _settings(options), place, earlier)
     except OutOfTimeError as error:
         raise SystemExit(f"bench.paper: {error}; the same command goes on from there") from error

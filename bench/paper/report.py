@@ -5,17 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.paper import claims, pictures, radical_table, table1, table2_text
+from bench.paper import claims, pictures, radical_table, sweep, table1, table2_text
 from bench.paper.beside import beside
 from bench.report import table
 
 TABLES = ("table1", "table2", "radical")
-_RENDER: dict[str, Callable[[dict[str, Any]], str]] = {"table1": table1.text, "table2": table2_text.text, "radical": radical_table.text}
+EXTRA = ("sweep",)  # learning rates, which are no table of the paper
+_RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "table1": table1.text,
+    "table2": table2_text.text,
+    "radical": radical_table.text,
+    "sweep": sweep.text,
+}
 
 
 def read(folder: Path) -> dict[str, Any]:
     """What is stored of each table, by its name: {"facts", "figures"}."""
-    paths = {name: folder / f"{name}.json" for name in TABLES}
+    paths = {name: folder / f"{name}.json" for name in (*TABLES, *EXTRA)}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
@@ -30,7 +36,7 @@ def write(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} has no tables: run table1, table2 or radical first")
     figures = {name: each["figures"] for name, each in stored.items()}
     parts = ["# The FuzzyTok paper's evaluation, run again", *_heads(stored), _defects(figures)]
-    parts += [_RENDER[name](figures[name]) for name in TABLES if name in figures]
+    parts += [_RENDER[name](figures[name]) for name in (*TABLES, *EXTRA) if name in figures]
     if "table2" in figures:
         parts += [f"![{path.stem}]({path.name})" for path in _pictures(figures["table2"], folder)]
     missing = [name for name in TABLES if name not in figures]

@@ -19,6 +19,8 @@ from bench.paper.models import LanguageModel
 from bench.paper.radical import of_model
 from bench.paper.train import OutOfTimeError, Training
 
+_EVALUATIONS = {"training", "test", "robustness", "causality", "radical"}
+
 
 class Place(NamedTuple):
     """Where runs are kept, where they run, and until when."""
@@ -106,7 +108,8 @@ class Outcome:
     def _taken(self, earlier: dict[str, Any]) -> dict[str, Any]:
         """From an earlier table, if it is of the same run: its machine, and with it the folder, may be gone."""
         same = earlier.get("run") == json.loads(json.dumps(self.run.stored()))
-        return dict(earlier["figures"]) if same else {}
+        whole = not self.run.model.trained or set(earlier.get("figures", {})) >= _EVALUATIONS  # what is missing would want its weights
+        return dict(earlier["figures"]) if same and whole else {}
 
     def _write(self) -> None:
         unfinished = self.folder / "result.unfinished"
