@@ -8,11 +8,26 @@ import time
 import numpy as np
 import pytest
 import torch
-from modes import DEVICE, ON_CUDA, not_interpreted
+from modes import DEVICE, ON_CUDA, needs_cuda, not_interpreted
 from torch import nn
 
-from bench.grid import PAPER_SHAPES
-from bench.paper import beside, claims, extract, noises, packages, prepare, radical, resampling, runs, table1, table2_text, traffic, windows
+from bench.grid import PAPER_SHAPES, Shape
+from bench.paper import (
+    beside,
+    claims,
+    costs,
+    extract,
+    noises,
+    packages,
+    prepare,
+    radical,
+    resampling,
+    runs,
+    table1,
+    table2_text,
+    traffic,
+    windows,
+)
 from bench.paper import config as configs
 from bench.paper.__main__ import main
 from bench.paper.bundle import PARTS, Bundle
@@ -77,8 +92,8 @@ def small_bundle(name: str = "smoke") -> Bundle:
 
 
 def small_run(bundle: Bundle, model: str = "fuzzytok-29", seed: int = 0, **changes) -> Run:
-    settings = load_settings("smoke", width=40, window=64, batch=2, train_mib=0.004, validation_kib=1, checked=3, timed_steps=3)
-    return resolve(ModelConfig.load(model), bundle, settings._replace(**changes), seed)
+    small = {"width": 40, "window": 64, "batch": 2, "train_mib": 0.004, "validation_kib": 1, "checked": 3, "timed_steps": 3}
+    return resolve(ModelConfig.load(model), bundle, load_settings("smoke")._replace(**small | changes), seed)
 
 
 # ---- bits per byte
@@ -135,7 +150,7 @@ def test_source_bytes_and_ids_agree_over_vocabularies():
     bundle = small_bundle()
     for part in PARTS:
         byte_stream = bundle.ids("bytes", part)
-        assert (byte_stream != BYTE_VOCABULARY.end).sum() == bundle.facts["bytes"][part] == bundle.source_bytes(part)
+        assert (byte_stream != BYTE_VOCABULARY.end).sum() == bundle.facts["bytes"][part]
         assert (byte_stream == BYTE_VOCABULARY.end).sum() == bundle.facts["documents"][part]
     assert np.array_equal(MERGED.decode(encoded([b"the bath", b"", b"x"])), byte_ids([b"the bath", b"", b"x"]))
 
@@ -520,6 +535,31 @@ def made_up_table2() -> dict:
         "figures": {"training": {"bytes": 5, "bytes_per_s": 1.0, "curve": []}},
     }
     return {"smoke": {"facts": small_bundle().facts, "runs": runs}}
+
+
+def test_table1_measures_and_says_so(monkeypatch):
+    monkeypatch.setattr(table1, "PAPER_SHAPES", (Shape(1, 128, 16, 16, 3, 1),))
+    monkeypatch.setattr(table1, "SMALL", table1.PAPER_SHAPES)
+    monkeypatch.setattr(traffic, "measured", lambda rival, shape: {"failed": "not tried"})
+    figures = json.loads(json.dumps(table1.measure()))
+    rows = figures["rows"]["1x128x16_K3_d1"]
+    assert set(rows["forward_backward"]) == {"conv1d_pad", "conv2d_trim", "ours"}
+    assert all(row["us"] > 0 and row["launched_us"] > 0 for op in rows.values() for row in op.values())
+    assert ("naive" in rows["forward"]) == ON_CUDA and "| 1 x 128 |" in table1.text(figures)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["fuzzytok-43", "fuzzytok-43-conv1d", "byte-lstm", "byte-transformer"])
+def test_costs_are_measured_on_a_gpu(name):
+    run = small_run(small_bundle(), name, width=80)
+    figures = costs.memory(run, 1.0, DEVICE)
+    assert 0 < figures["16x1024"] < figures["32x2048"]
+    assert costs._step_ms(run, DEVICE) > 0 and costs._model_ms(run, DEVICE) > 0
+    step, starts, rate = costs._random_step(run, 2, run.length, DEVICE)
+    step.capture()
+    before = [parameter.clone() for parameter in step.model.parameters()]
+    step(starts, rate)
+    assert step.not_captured is None and any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
 
 
 def test_table1_says_what_was_measured():

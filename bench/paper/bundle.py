@@ -37,11 +37,6 @@ class Bundle:
     def vocabulary(self, name: str) -> Vocabulary:
         return BYTE_VOCABULARY if name == BYTES else self.vocabularies[name]
 
-    def source_bytes(self, text: str) -> int:
-        """Of all its documents; end marks are none."""
-        lengths = self.vocabularies[SPELT].lengths
-        return int(np.dot(np.bincount(self.streams[SPELT, text], minlength=len(lengths)), lengths))
-
     def bytes_per_id(self, vocabulary: str) -> float:
         """In the training text, end marks among the ids."""
         count = self.facts["ids"][vocabulary]

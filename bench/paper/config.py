@@ -75,10 +75,10 @@ class Run(NamedTuple):
         return {**plain, "model": self.model._asdict(), "size": self.size._asdict(), "settings": self.settings._asdict()}
 
 
-def load_settings(name: str, **changes: Any) -> Settings:
-    """`full` or `smoke` from `configs/sizes.json`, with these changes."""
+def load_settings(name: str) -> Settings:
+    """`full` or `smoke`, from `configs/sizes.json`."""
     sizes = json.loads((CONFIGS / "sizes.json").read_text(encoding="utf-8"))
-    return Settings(name, **sizes[name])._replace(**changes)
+    return Settings(name, **sizes[name])
 
 
 def model_names() -> list[str]:

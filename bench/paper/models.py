@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from bench.model.forms import Conv1dResidual
 from fuzzytok_kernels import FuzzyTokenizer
 
-KINDS = ("conv", "conv1d", "lstm", "transformer")
 HEAD_DIM = 64
 _CYCLE, _KERNEL_SIZE = (1, 2, 4), 3
 _BYTES = 256

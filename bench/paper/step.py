@@ -71,11 +71,11 @@ class Step:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_STEPS):
                 self._once()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self._once()
         torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._once()
         return graph
 
     def _states(self) -> list[tuple[tuple[int, str], Tensor]]:

@@ -68,7 +68,7 @@ def text(figures: dict[str, Any]) -> str:
     parts = ["## Table 2", _METHOD]
     for name, corpus in figures.items():
         found = models(corpus)
-        parts += [f"### The {name} corpus", _corpus(corpus["facts"])]
+        parts += [f"### The {name} corpus", _corpus(corpus["facts"]), _windows(found)]
         parts += [_quality(corpus["facts"], found), _robustness(found), _causality(corpus["facts"], found)]
         if costs := _costs(found):
             parts.append(costs)
@@ -92,6 +92,11 @@ def _corpus(facts: dict[str, Any]) -> str:
         f"{sources}; after duplicates were removed. Split by document: {sizes}. sha256 of the test part: `{facts['sha256']['test'][:16]}`. "
         f"Bytes a token: {tokens}."
     )
+
+
+def _windows(found: dict[str, Model]) -> str:
+    settings = [run["run"]["settings"] for model in found.values() for run in model.runs][:1]
+    return "".join(f"Training windows of {each['window']} bytes, {each['batch']} of them a step." for each in settings)
 
 
 def _quality(facts: dict[str, Any], found: dict[str, Model]) -> str:
@@ -130,7 +135,7 @@ def _robustness(found: dict[str, Model]) -> str:
         if (clean := model.mean("robustness", "none")) is not None:
             noisy = [model.mean("robustness", noise) for noise in NOISES]
             lines.append((model.label, f"{clean:.3f}", *("-" if value is None else f"+{value - clean:.3f}" for value in noisy)))
-    title = "Robustness: bits per byte of documents of the test part, and how many more with each noise\n\n"
+    title = "#### Robustness\n\nBits per byte of documents of the test part, and how many more with each noise\n\n"
     return title + table(("", "no noise", *(LABELS[noise] for noise in NOISES)), lines)
 
 
@@ -147,8 +152,8 @@ def _causality(facts: dict[str, Any], found: dict[str, Model]) -> str:
             moved = facts["changed_by_the_future"].get(model.runs[0]["run"]["model"]["vocabulary"])
             lines.append((model.label, _yes(equal), _yes(gradient), exact, "none" if moved is None else f"{moved:.1%} of cuts"))
     title = (
-        "Causality of the trained models, in ids. A token itself is not causal in bytes: the last column says how often other bytes behind"
-        " a token's end change it, or a token before it.\n\n"
+        "#### Causality\n\nOf the trained models, in ids. A token itself is not causal in bytes: the last column says how often other"
+        " bytes behind a token's end change it, or a token before it.\n\n"
     )
     header = (
         "",
@@ -178,10 +183,10 @@ def _costs(found: dict[str, Model]) -> str | None:
         lines.append((model.label, *cells, *_speeds(model)))
     header = ("", "MiB, 16 x 1024 bytes", "FuzzyTok saves", "MiB, 32 x 2048 bytes", "FuzzyTok saves", *_SPEEDS)
     title = (
-        "Costs: peak of all that is allocated in a training step launched op by op, at equal bytes. The paper claims to save 38.1 % at"
-        " 16 x 1024 against its conv over BPE and 95.7 % at 32 x 2048 against its Transformer. Training speed is in source bytes, waited"
-        " for step by step, the median of at least 50 steps, each one CUDA graph; the last column is its share of the speed of forward and"
-        " backward alone, without optimiser and data, which is what the model bench times.\n\n"
+        "#### Costs\n\nPeak of all that is allocated in a training step launched op by op, at equal bytes. The paper claims to save"
+        " 38.1 % at 16 x 1024 against its conv over BPE and 95.7 % at 32 x 2048 against its Transformer. Training speed is in source"
+        " bytes, waited for step by step, the median of at least 50 steps, each one CUDA graph; the last column is its share of the"
+        " speed of forward and backward alone, without optimiser and data, which is what the model bench times.\n\n"
     )
     return title + table(header, lines)
 
@@ -222,7 +227,7 @@ def _lost(found: dict[str, Model]) -> str:
                     (name, f"{best[0]:,.4g} ({best[1].label})", ", ".join(f"{each:,.4g} ({model.label})" for each, model in better))
                 )
     body = table(("column", "FuzzyTok's better one", "better than that"), lines) if lines else "Nowhere."
-    return f"Where FuzzyTok loses\n\n{body}"
+    return f"#### Where FuzzyTok loses\n\n{body}"
 
 
 def _compiled_rate(model: Model) -> float | None:
