@@ -4,7 +4,7 @@ from bench.paper.models import HEAD_DIM, Size
 
 _STEP = 8  # bf16 rows of a multiple of 16 bytes
 _WIDEST, _WIDEST_INNER = 2048, 16  # the latter in widths
-_TOLERANCE = 0.02
+_FITS, _TOO_FAR = 0.02, 0.10
 
 
 def matched(kind: str, vocabulary: int, depth: int, length: int, target: float) -> Size:
@@ -14,7 +14,7 @@ def matched(kind: str, vocabulary: int, depth: int, length: int, target: float) 
     four times the width.
 
     Raises:
-        ValueError: none is within 2 %, since the target is too low, or 10 % where only the width can be chosen.
+        ValueError: the nearest is more than 10 % off, as where the target is less than the head alone takes.
     """
     if kind == "transformer":
         widths = [(width, inner) for width in range(HEAD_DIM, _WIDEST, HEAD_DIM) for inner in range(width, _WIDEST_INNER * width, _STEP)]
@@ -23,7 +23,7 @@ def matched(kind: str, vocabulary: int, depth: int, length: int, target: float) 
     sizes = [Size(kind, vocabulary, depth, *pair) for pair in widths]
     errors = {size: abs(size.flops(length) / target - 1) for size in sizes}
     nearest = min(sizes, key=errors.__getitem__)
-    if errors[nearest] > 5 * _TOLERANCE:
+    if errors[nearest] > _TOO_FAR:
         raise ValueError(f"no {kind} of {depth} over {vocabulary} ids has near {target:,.0f} FLOPs an id: {nearest} is the nearest")
-    fitting = [size for size in sizes if errors[size] <= _TOLERANCE] or [nearest]
+    fitting = [size for size in sizes if errors[size] <= _FITS] or [nearest]
     return min(fitting, key=lambda size: abs(size.inner / size.width - 4)) if kind == "transformer" else nearest

@@ -92,12 +92,16 @@ def conv1d_body(size: Size) -> FuzzyTokenizer:
 
 
 class Lstm(nn.Module):
-    """Embedding and LSTM layers, no wider inside than outside."""
+    """Embedding and LSTM layers, no wider inside than outside, that remember at the start: their forget gates have a bias of one."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size.vocabulary, size.width)
         self.layers = nn.LSTM(size.width, size.width, size.depth, batch_first=True)
+        with torch.no_grad():
+            for name, bias in self.layers.named_parameters():
+                if name.startswith("bias_ih"):
+                    bias[size.width : 2 * size.width] = 1.0  # the gates lie in the order input, forget, cell, output
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.layers(self.embedding(ids.long()))[0]
