@@ -24,6 +24,7 @@ from bench.paper import (
     resampling,
     runs,
     table1,
+    table2,
     table2_text,
     traffic,
     windows,
@@ -32,7 +33,7 @@ from bench.paper import config as configs
 from bench.paper.__main__ import main
 from bench.paper.bundle import PARTS, Bundle
 from bench.paper.causality import causality, reached, unmoved
-from bench.paper.config import ModelConfig, Run, load_settings, model_names, resolve
+from bench.paper.config import ConfigurationError, ModelConfig, Run, load_settings, model_names, resolve
 from bench.paper.evaluate import bits_per_byte, total_bits
 from bench.paper.extract import Document
 from bench.paper.matching import matched
@@ -366,14 +367,17 @@ def test_another_configuration_does_not_go_on(tmp_path):
     bundle = small_bundle()
     with pytest.raises(OutOfTimeError, match="stopped at step"):
         Training(small_run(bundle), bundle, tmp_path, DEVICE).go(deadline=0)
-    with pytest.raises(ValueError, match="another configuration"):
-        Training(small_run(bundle, train_mib=0.005), bundle, tmp_path, DEVICE)
+    with pytest.raises(ConfigurationError, match="another configuration"):
+        Training(small_run(bundle, clip=2.0), bundle, tmp_path, DEVICE)
     place = Place(tmp_path, DEVICE, math.inf)
     first = Outcome(small_run(bundle), bundle, place, {})
     first.figure("test", lambda: 1.5)
     assert Outcome(small_run(bundle), bundle, place, {}).figure("test", lambda: 2.5) == 1.5
-    with pytest.raises(ValueError, match="another configuration"):
-        Outcome(small_run(bundle, train_mib=0.005), bundle, place, {})
+    more_seeds = small_run(bundle, seeds={"smoke": [0, 1, 2]})
+    assert Outcome(more_seeds, bundle, place, {}).figures == {"test": 1.5}
+    assert Outcome(small_run(bundle, train_mib=0.005), bundle, place, {}).figures == {}  # in a folder of its own
+    with pytest.raises(ConfigurationError, match="another configuration"):
+        Outcome(small_run(bundle, clip=2.0), bundle, place, {})
     elsewhere = Place(tmp_path / "elsewhere", DEVICE, math.inf)
     assert Outcome(small_run(bundle), bundle, elsewhere, json.loads(json.dumps(first.stored()))).figures == {}  # its weights are gone
     first.figures |= dict.fromkeys(("training", "robustness", "causality", "radical"), 0)
@@ -575,6 +579,13 @@ def test_table2_says_where_fuzzytok_loses():
     assert "| conv, BPE 4096 | 160 | -31.2% | 640 | -31.2% |" in text  # FuzzyTok needs more: the saving is negative
     assert "43 of 43" in text and "25.0% of cuts" in text and "| +0.250 |" in text and "training bytes/s" not in text
     assert "byte LSTM" not in text.split("Robustness")[1]
+
+
+def test_an_earlier_table_keeps_what_was_run_alike():
+    runs = {f"{name}-{seed}": made_up_run(name, seed, 1.0) for name in ("fuzzytok-43", "byte-lstm") for seed in (0, 1)}
+    other = small_run(small_bundle(), width=80, weight_decay=0.0).stored()
+    assert table2._alike(runs, runs["byte-lstm-1"]["run"]) == runs
+    assert table2._alike(runs, json.loads(json.dumps(other))) == {}
 
 
 def test_every_defect_has_something_beside_it():

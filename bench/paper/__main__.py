@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.paper import radical_table, report, sweep, table1, table2
-from bench.paper.config import Settings, load_settings
+from bench.paper.config import ConfigurationError, Settings, load_settings
 from bench.paper.packages import MissingPackageError
 from bench.paper.prepare import CORPORA, prepare, prepare_smoke
 from bench.paper.runs import Place
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except (MissingPackageError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (MissingPackageError, FileNotFoundError, ModuleNotFoundError, ConfigurationError) as error:
         raise SystemExit(f"bench.paper: {error}") from error
 
 

@@ -49,6 +49,10 @@ class ModelConfig(NamedTuple):
         return ModelConfig(name, **json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
 
 
+class ConfigurationError(ValueError):
+    """What is stored is of a run with another configuration."""
+
+
 class Run(NamedTuple):
     """One training run, in full."""
 
@@ -71,8 +75,8 @@ class Run(NamedTuple):
 
     def stored(self) -> dict[str, Any]:
         """As JSON holds it."""
-        plain = self._asdict()
-        return {**plain, "model": self.model._asdict(), "size": self.size._asdict(), "settings": self.settings._asdict()}
+        settings = {name: value for name, value in self.settings._asdict().items() if name != "seeds"}  # how many more there are
+        return {**self._asdict(), "model": self.model._asdict(), "size": self.size._asdict(), "settings": settings}
 
 
 def load_settings(name: str) -> Settings:

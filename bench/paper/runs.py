@@ -12,7 +12,7 @@ import torch
 from bench.model.attempts import free
 from bench.paper.bundle import Bundle
 from bench.paper.causality import causality
-from bench.paper.config import ModelConfig, Run, Settings, model_names, resolve
+from bench.paper.config import ConfigurationError, ModelConfig, Run, Settings, model_names, resolve
 from bench.paper.costs import memory, speed
 from bench.paper.evaluate import bits_per_byte, robustness
 from bench.paper.models import LanguageModel
@@ -35,7 +35,7 @@ class Outcome:
 
     def __init__(self, run: Run, bundle: Bundle, place: Place, earlier: dict[str, Any]) -> None:
         self.run, self.bundle, self.place = run, bundle, place
-        self.folder = place.folder / run.settings.name / run.name
+        self.folder = place.folder / f"{run.settings.name}-{run.settings.train_mib:g}mib" / run.name
         self.figures: dict[str, Any] = self._kept() or self._taken(earlier)
 
     def figure(self, name: str, make: Callable[[], Any]) -> Any:
@@ -101,7 +101,7 @@ class Outcome:
         self.folder.mkdir(parents=True, exist_ok=True)
         written = self.folder / "config.json"
         if written.exists() and written.read_text(encoding="utf-8") != config:
-            raise ValueError(f"{self.folder} holds a run with another configuration: remove it to start anew")
+            raise ConfigurationError(f"{self.folder} holds a run with another configuration: remove it to start anew")
         written.write_text(config, encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

@@ -32,8 +32,14 @@ def measure(
     figures = dict(stored)
     for name, some in found.items():
         facts = {key: value for key, value in some[0].bundle.facts.items() if key != "families"}
-        figures[name] = {"facts": facts, "runs": {each.run.name: each.stored() for each in some if each.figures}}
+        runs = {each.run.name: each.stored() for each in some if each.figures}
+        figures[name] = {"facts": facts, "runs": _alike(stored.get(name, {}).get("runs", {}), some[0].stored()["run"]) | runs}
     return figures, left
+
+
+def _alike(runs: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """Those of an earlier table that were run as `run` is: more seeds than are asked for now, perhaps."""
+    return {name: each for name, each in runs.items() if all(each["run"][key] == run[key] for key in ("settings", "sha256"))}
 
 
 def _costed(found: dict[str, list[Outcome]]) -> Iterator[Outcome]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.paper.bundle import Bundle
-from bench.paper.config import Run
+from bench.paper.config import ConfigurationError, Run
 from bench.paper.evaluate import bits_per_byte
 from bench.paper.models import LanguageModel
 from bench.paper.step import Step
@@ -153,7 +153,7 @@ class Training:
 
     def _resume(self, state: dict[str, Any]) -> None:
         if state["run"] != json.dumps(self.run.stored(), sort_keys=True):
-            raise ValueError(f"{self._checkpoint} is of a run with another configuration: remove {self.folder} to start anew")
+            raise ConfigurationError(f"{self._checkpoint} is of a run with another configuration: remove {self.folder} to start anew")
         self.model.load_state_dict(state["model"])
         self.step.load(state["optimizer"])
         self.done, self.seconds, self.timed = state["done"], state["seconds"], state["timed"]
