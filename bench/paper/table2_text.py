@@ -135,7 +135,10 @@ def _robustness(found: dict[str, Model]) -> str:
         if (clean := model.mean("robustness", "none")) is not None:
             noisy = [model.mean("robustness", noise) for noise in NOISES]
             lines.append((model.label, f"{clean:.3f}", *("-" if value is None else f"+{value - clean:.3f}" for value in noisy)))
-    title = "#### Robustness\n\nBits per byte of documents of the test part, and how many more with each noise\n\n"
+    title = (
+        "#### Robustness\n\nBits per byte of documents of the test part, and how many more with each noise. A model that has learnt little"
+        " has little to lose.\n\n"
+    )
     return title + table(("", "no noise", *(LABELS[noise] for noise in NOISES)), lines)
 
 
