@@ -1,6 +1,6 @@
 """What the ops accept. Each op and its fake call the same check, so that every caller gets the same one-line error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -147,6 +147,67 @@ def check_byte_causal_conv1d_grad(
     _check_shape("grad_y", grad_y, (ids.shape[0], embedding.shape[1], ids.shape[1]), "the output's")
 
 
+def check_causal_conv1d_update(
+    x: Checkable,
+    conv_state: Checkable,
+    weight: Checkable,
+    bias: Checkable | None,
+    residual: Checkable | None,
+    cache_seqlens: Checkable | None,
+    conv_state_indices: Checkable | None,
+    dilation: int,
+    activation: str,
+) -> None:
+    """As `check_causal_conv1d_fused`; besides, raise ValueError or TypeError unless conv_state (slots, C_in, (K-1)*d) and the rest fit."""
+    check_causal_conv1d(x, weight, bias, dilation)
+    check_activation(activation)
+    if residual is not None:
+        _check_like("residual", residual, "x", x)
+        _check_shape("residual", residual, (x.shape[0], _produced(weight, activation), x.shape[2]), "the output's")
+    slots = _slots("conv_state", conv_state, x)
+    _check_shape("conv_state", conv_state, (slots, x.shape[1], (weight.shape[2] - 1) * dilation), "(slots, C_in, (K-1)*dilation)")
+    _check_indices("cache_seqlens", cache_seqlens, x, x.shape[0], "one a row of x")
+    _check_slots("conv_state_indices", conv_state_indices, x, "conv_state", slots)
+
+
+def check_residual_stack_update(
+    x: Checkable,
+    history: Checkable,
+    positions: Checkable,
+    slots: Checkable | None,
+    weights: Sequence[Checkable],
+    biases: Sequence[Checkable],
+    dilations: Sequence[int],
+    activation: str,
+) -> None:
+    """Raise ValueError or TypeError unless x (B, C, L), history (slots, sum of (K-1)*d, C), positions (slots,) and the layers fit."""
+    _check_sequence("x", x)
+    check_activation(activation)
+    if not len(weights) == len(biases) == len(dilations):
+        raise ValueError(f"there are {len(weights)} weights, {len(biases)} biases, {len(dilations)} dilations; expected as many of each")
+    for weight, bias, dilation in zip(weights, biases, dilations, strict=True):
+        check_causal_conv1d(x, weight, bias, dilation)
+        if _produced(weight, activation) != x.shape[1]:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; expected one that returns the channels of x, {x.shape[1]}")
+    count = _slots("history", history, x)
+    total = sum((weight.shape[2] - 1) * dilation for weight, dilation in zip(weights, dilations, strict=True))
+    _check_shape("history", history, (count, total, x.shape[1]), "(slots, the sum of (K-1)*dilation, C)")
+    _check_indices("positions", positions, x, count, "one a slot of history")
+    _check_slots("slots", slots, x, "history", count)
+
+
+def check_embedding_norm(ids: Checkable, embedding: Checkable, weight: Checkable, bias: Checkable, eps: float) -> None:
+    """Raise ValueError or TypeError unless ids (B, L) are uint8 or long, embedding is (num_ids, C), and weight and bias (C,)."""
+    check_ids(ids)
+    if ids.device != embedding.device:
+        raise ValueError(f"ids is on {ids.device}; expected the device of embedding, {embedding.device}")
+    if len(embedding.shape) != 2 or 0 in embedding.shape:
+        raise ValueError(f"embedding has shape {tuple(embedding.shape)}; expected (num_ids, C), neither of them 0")
+    for name, value in (("weight", weight), ("bias", bias)):
+        _check_like(name, value, "embedding", embedding)
+        _check_shape(name, value, (embedding.shape[1],), "one value a channel")
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "causal_conv1d": check_causal_conv1d,
     "causal_conv1d_fused": check_causal_conv1d_fused,
@@ -155,6 +216,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "causal_conv1d_weight_grad": check_causal_conv1d_weight_grad,
     "byte_causal_conv1d": check_byte_causal_conv1d,
     "byte_causal_conv1d_grad": check_byte_causal_conv1d_grad,
+    "causal_conv1d_update": check_causal_conv1d_update,
+    "residual_stack_update": check_residual_stack_update,
+    "embedding_norm": check_embedding_norm,
 }
 
 
@@ -212,6 +276,33 @@ def _check_cu_seqlens(cu_seqlens: Checkable, name: str, x: Checkable) -> None:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (N + 1,), the boundaries of N sequences")
     if x.shape[0] != 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected a batch of one where cu_seqlens is given: sequences lie end to end")
+
+
+def _slots(name: str, state: Checkable, x: Checkable) -> int:
+    """The slots of a state, which is not cast as other tensors are: it is written in place."""
+    if state.device != x.device:
+        raise ValueError(f"{name} is on {state.device}; expected the device of x, {x.device}")
+    if state.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {state.dtype}; expected the dtype that x has or is cast to, {x.dtype}")
+    if len(state.shape) != 3:
+        raise ValueError(f"{name} has shape {tuple(state.shape)}; expected 3 dimensions")
+    return state.shape[0]
+
+
+def _check_slots(name: str, indices: Checkable | None, x: Checkable, state: str, slots: int) -> None:
+    _check_indices(name, indices, x, x.shape[0], "one a row of x")
+    if indices is None and slots != x.shape[0]:
+        raise ValueError(f"{state} has {slots} slots and x {x.shape[0]} rows; expected as many, or {name} to say which slot each row has")
+
+
+def _check_indices(name: str, value: Checkable | None, x: Checkable, count: int, meaning: str) -> None:
+    if value is None:
+        return
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}; expected the device of x, {x.device}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {value.dtype}; expected int32 or int64")
+    _check_shape(name, value, (count,), meaning)
 
 
 def _check_shape(name: str, value: Checkable, expected: tuple, whose: str) -> None:

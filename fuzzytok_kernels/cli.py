@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 # A sub-command's module has a main(arguments) -> exit status, and is imported only when it is asked for.
 _COMMANDS = {
+    "bits-per-byte": ("fuzzytok_kernels.score", "how well a saved ByteLM predicts a file"),
     "check": ("fuzzytok_kernels.tuning.check", "race this GPU's stored winners against the default again"),
     "demo": ("fuzzytok_kernels.demo", "train FuzzyTokenizer on a text, here and now, and show what it does"),
     "explain": ("fuzzytok_kernels.tuning.explain", "which tuning file and entry serves a problem, and why the others do not"),
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fuzzytok",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:<8} {summary}" for name, (_, summary) in _COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<13} {summary}" for name, (_, summary) in _COMMANDS.items()),
     )
     parser.add_argument("command", choices=_COMMANDS, help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; `fuzzytok COMMAND --help` lists them")

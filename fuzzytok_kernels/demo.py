@@ -1,6 +1,7 @@
-"""`fuzzytok demo`: train FuzzyTokenizer with a next-byte head on a text; show what it learnt, that it is causal, and how fast it is."""
+"""`fuzzytok demo`: train a ByteLM on a text; show what it learnt, that its tokenizer is causal, how fast it is, and what it writes."""
 
 import argparse
+import copy
 import lzma
 import math
 import statistics
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fuzzytok_kernels.nn import CausalConv1d, FuzzyTokenizer, bits_per_byte
+from fuzzytok_kernels.nn import ByteLM, CausalConv1d, FuzzyTokenizer, bits_per_byte
 
 _SHORTEST, _LONGEST = 2000, 4 << 20  # bytes of text: enough for a held-out part, and little enough for xz to keep up
 _PASSES = 10  # over the text, at most: a text learnt by heart predicts no other
+_PROMPT, _SAMPLE = 60, 300  # bytes
 _STEPS = 200  # in those passes, at least: a short text gets smaller batches
 
 
@@ -72,16 +74,17 @@ def main(arguments: Sequence[str]) -> int:
     training, held_out = text[:cut], text[cut:]
     print(f"text       {name}: {len(training):,} bytes to train on, the {len(held_out):,} after them held out")
 
-    tokenizer = FuzzyTokenizer(dim=size.dim)
-    model = nn.Sequential(tokenizer, nn.Linear(size.dim, 256)).to(device)
+    model = ByteLM(dim=size.dim).to(device)
+    tokenizer = model.tokenizer
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"model      FuzzyTokenizer(dim={size.dim}) and a next-byte head: {parameters:,} parameters, {_device_text(device)}")
+    print(f"model      ByteLM(dim={size.dim}), FuzzyTokenizer and a next-byte head: {parameters:,} parameters, {_device_text(device)}")
     print(f"           receptive field {tokenizer.receptive_field} bytes")
     _train(model, _ids(training, device), size, options.seconds)
-    _print_bits(model, tokenizer.receptive_field, training, held_out, device)
+    _print_bits(model, training, held_out, device)
     causal = _print_causality(tokenizer, _ids(held_out, device)[:1024])
     _print_encoding(tokenizer, options.text)
-    _print_speed(model, nn.Sequential(_PaddedConv1dTokenizer(tokenizer), model[1]), size, device)  # last: its steps train on noise
+    _print_speed(copy.deepcopy(model), size, device)  # its steps train on noise
+    _print_sample(model, held_out[:_PROMPT], device)
     return 0 if causal else 1
 
 
@@ -151,26 +154,15 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targe
 # ---- what is shown
 
 
-def _print_bits(model: nn.Module, receptive_field: int, training: bytes, held_out: bytes, device: torch.device) -> None:
+def _print_bits(model: ByteLM, training: bytes, held_out: bytes, device: torch.device) -> None:
+    with _autocast(device):
+        bits = model.score(_ids(held_out, device))
     after = (_xz_bits(training + held_out) - _xz_bits(training)) / len(held_out)
     print("held-out bits per byte")
-    print(f"           {_model_bits(model, receptive_field, _ids(held_out, device)):.3f}  FuzzyTok")
+    print(f"           {bits:.3f}  FuzzyTok")
     print(f"           {_unigram_bits(training, held_out):.3f}  byte unigrams, counted in the training part")
     print(f"           {_xz_bits(held_out) / len(held_out):.3f}  xz, the held-out part alone")
     print(f"           {after:.3f}  xz, what the held-out part adds behind the training part")
-
-
-@torch.no_grad()
-def _model_bits(model: nn.Module, receptive_field: int, ids: Tensor, chunk: int = 1 << 14) -> float:
-    """Mean over all of ids but the first, each byte predicted from the receptive field before it."""
-    total = 0.0
-    for start in range(1, len(ids), chunk):
-        targets = ids[start : start + chunk]
-        first = max(0, start - receptive_field)
-        with _autocast(ids.device):
-            logits = model(ids[None, first : start - 1 + len(targets)])[:, start - 1 - first :]
-        total += bits_per_byte(logits, targets[None]).item() * len(targets)
-    return total / (len(ids) - 1)
 
 
 def _unigram_bits(training: bytes, held_out: bytes) -> float:
@@ -199,8 +191,9 @@ def _print_causality(tokenizer: FuzzyTokenizer, ids: Tensor) -> bool:
     return causal
 
 
-def _print_speed(model: nn.Module, plain: nn.Module, size: _Size, device: torch.device) -> None:
+def _print_speed(model: ByteLM, size: _Size, device: torch.device) -> None:
     """Training steps of the same model on both convolutions, in turns on the same bytes; a median each."""
+    plain = nn.Sequential(_PaddedConv1dTokenizer(model.tokenizer), model.head)
     ids = torch.randint(256, (size.batch, size.timed_length), dtype=torch.uint8, device=device)
     with torch.no_grad(), _autocast(device):
         expected = plain(ids).float()
@@ -236,6 +229,18 @@ def _print_encoding(tokenizer: FuzzyTokenizer, text: str) -> None:
     z = tokenizer(ids)
     print(f"encode     {text!r}: {ids.shape[1]} bytes -> z {tuple(z.shape)}")
     print(f"           z[0, -1, :4] = {[round(value, 3) for value in z[0, -1:, :4].flatten().tolist()]}")
+
+
+def _print_sample(model: ByteLM, prompt: bytes, device: torch.device) -> None:
+    """What the model writes behind `prompt`, as it comes."""
+    print(f"sample     behind {prompt.decode(errors='replace')!r}, a byte at a time from the state:\n           ", end="")
+    begin = time.perf_counter()
+    with _autocast(device):
+        for (piece,) in model.generate(prompt, _SAMPLE, temperature=0.7, seed=0):
+            shown = "".join(c if c.isprintable() else "\n           " if c == "\n" else "." for c in piece)
+            encoding = sys.stdout.encoding or "utf-8"
+            print(shown.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    print(f"\n           ({_SAMPLE} bytes in {time.perf_counter() - begin:.1f} s)")
 
 
 if __name__ == "__main__":

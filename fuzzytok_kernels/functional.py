@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fuzzytok_kernels import ops
 from fuzzytok_kernels.sequences import last_steps
+from fuzzytok_kernels.streaming import ops as streaming_ops
 
 
 def causal_conv1d(
@@ -98,3 +99,48 @@ def byte_causal_conv1d(
         IndexError: on the CPU, an id that has no row. On a GPU a check would wait for it: there y is NaN at such a step.
     """
     return ops.byte_causal_conv1d(ids, embedding, weight, bias, dilation, "none" if activation is None else activation, cu_seqlens)
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv1d` of the next steps of a stream: x behind the steps that conv_state holds, which is updated in place. For inference.
+
+    Call by call it returns what `causal_conv1d` returns on all the steps at once, to rounding, if the state began with zeros.
+
+    Args:
+        x: (B, C_in, L), L >= 0 new steps, or (B, C_in) for one; fp16, bf16, fp32, and on the CPU fp64.
+        conv_state: (slots, C_in, (K-1)*dilation) in the dtype of x: the last inputs of each slot, zeros at the start.
+        weight, bias, dilation, activation: as of `causal_conv1d`.
+        residual: (B, C, L), or (B, C) where x is (B, C_in), or None.
+        cache_seqlens: (B,) int32 or int64, the number of steps of each row before this call (the caller counts them on). With it the
+            state is circular: step s lies at `s % ((K-1)*dilation)`, and a call writes new steps alone. None: oldest first, and a call
+            moves the whole state.
+        conv_state_indices: (B,) int32 or int64, the slot of each row, no slot twice; None: slot b for row b. A row whose index is no
+            slot, by custom -1, is empty: no state changes, and its output is zeros.
+
+    Returns:
+        (B, C, L), or (B, C) where x is (B, C_in), as `causal_conv1d` lays it out.
+
+    Everything that changes from call to call lies in tensors on the device: a captured CUDA graph can be replayed.
+
+    Raises:
+        ValueError: a rank, size or device that does not fit, or another activation.
+        TypeError: mixed dtypes; under autocast what is read is cast, but conv_state must already have that dtype.
+        RuntimeError: grad mode is on and a tensor requires grad. There is no derivative.
+    """
+    one = x.dim() == 2
+    if one:
+        x, residual = x.unsqueeze(2), residual if residual is None else residual.unsqueeze(-1)
+    kind = "none" if activation is None else activation
+    y = streaming_ops.causal_conv1d_update(x, conv_state, weight, bias, residual, cache_seqlens, conv_state_indices, dilation, kind)
+    return y.squeeze(2) if one else y

@@ -5,6 +5,7 @@ Each op has one `autograd.Function` (with `setup_context` and `vmap`) registered
 """
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -338,16 +339,15 @@ def _byte_causal_conv1d_grad_in_steps(
 
 
 @functools.cache
-def _implementation(name: str, device: torch.device) -> Callable:
+def implementation(name: str, device: torch.device, rooms: str = "fuzzytok_kernels") -> Callable:
     """What computes an op on `device`: its Triton launcher, which checks when it makes a plan, or the reference behind a check.
 
-    Values of `cu_seqlens` are checked here where that waits for no GPU; there a kernel asserts them.
+    Both are in modules of `rooms`. Values of `cu_seqlens` are checked here where that waits for no GPU; there a kernel asserts them.
     """
-    compute = getattr(reference, name)
+    compute = getattr(importlib.import_module(f"{rooms}.reference"), name)
     if runs_triton(device):
-        from fuzzytok_kernels import byte_launch, launch
-
-        compute = getattr(byte_launch if name.startswith("byte_") else launch, name)
+        room = "byte_launch" if name.startswith("byte_") else "launch"
+        compute = getattr(importlib.import_module(f"{rooms}.{room}"), name)
         if device.type == "cuda":
             return compute
     check = CHECKS[name]
@@ -435,7 +435,7 @@ def _register(schema: str, fake: Callable, derived: Callable, transformed: Calla
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     op = getattr(torch.ops.fuzzytok, name).default
     for key in ("CPU", "CUDA"):
-        _library.impl(name, lambda first, *args: _implementation(name, first.device)(first, *args), key)
+        _library.impl(name, lambda first, *args: implementation(name, first.device)(first, *args), key)
     torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
     defaults = private.defaults_of(op)  # the dispatcher strips arguments that equal theirs
     _library.impl(name, _below_autograd(op, derived, defaults), "Autograd")

@@ -15,6 +15,9 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 # Inside, ops skip autograd and its marks of views and of changes in place.
 below_autograd: Callable[[], AbstractContextManager] = torch._C._AutoDispatchBelowADInplaceOrView
 
+# Inside, ops skip autograd alone, so that what they change in place is counted.
+below_derivatives: Callable[[], AbstractContextManager] = torch._C._AutoDispatchBelowAutograd
+
 
 def without_autocast() -> AbstractContextManager:
     """Inside, ops keep the dtypes that they are given."""
@@ -34,6 +37,12 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable:
 def defaults_of(op: Any) -> tuple:
     """The default of each argument of an overload of an op, None where it has none."""
     return tuple(argument.default_value for argument in op._schema.arguments)
+
+
+def written_by(op: Any) -> list[int]:
+    """The arguments that an overload of an op writes in place, by their places."""
+    aliases = [argument.alias_info for argument in op._schema.arguments]
+    return [index for index, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -15,11 +15,11 @@ class Kernel:
     """A kernel with its grid and constants: compiled at its first call, then launched past Triton's binder."""
 
     def __init__(
-        self, jit: KernelInterface, programs: int, constants: tuple, config: Config | None = None, *more: int, **options: int
+        self, jit: KernelInterface, programs: int, constants: tuple, config: Config | None = None, *more: int, **options: Any
     ) -> None:
         blocks = () if config is None else (config.BLOCK_T, config.BLOCK_C_IN, config.BLOCK_C_OUT, *more)
         self._jit, self._grid, self._constants = jit, (programs, 1, 1), (*constants, *blocks)
-        self._options = options if config is None else {**options, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        self._options = options if config is None else {"num_warps": config.num_warps, "num_stages": config.num_stages, **options}
         self._launch: Callable | None = None  # for good under the interpreter
 
     def __call__(self, *args: Any) -> None:

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from modes import INTERPRETED
-from torch import nn
 
-from fuzzytok_kernels import FuzzyTokenizer, bits_per_byte, demo
+from fuzzytok_kernels import FuzzyTokenizer, demo
 from fuzzytok_kernels.cli import main
+from fuzzytok_kernels.nn import language_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="some 500 training steps: too long through Triton's interpreter")
 
@@ -53,6 +53,10 @@ def test_demo_shows_what_it_promises(small, file, capsys):
     assert re.search(r"^ +[\d,]+  fuzzytok_kernels$", out, re.MULTILINE)
     assert re.search(r"^ +[\d,]+  F\.conv1d\(F\.pad\(x\)\)$", out, re.MULTILINE)
     assert "encode     'tëxt': 5 bytes -> z (1, 5, 16)" in out
+    sample = out.partition("sample     behind ")[2]
+    assert len(sample) > 300
+    assert sample.count("causal") + sample.count("dilated") >= 10
+    assert re.search(r"\(300 bytes in \d+\.\d s\)\n$", sample)
 
 
 def test_training_ends_when_its_time_is_up(small, file, capsys):
@@ -74,19 +78,10 @@ class Deaf(FuzzyTokenizer):
 
 @pytest.mark.parametrize(("broken", "said"), [(Leaky, "before are DIFFERENT"), (Deaf, "from there on THE SAME")])
 def test_a_model_that_fails_the_causality_check_fails_the_demo(broken, said, small, file, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "FuzzyTokenizer", broken)
+    monkeypatch.setattr(language_model, "FuzzyTokenizer", broken)
     status, out = run(capsys, "--file", str(file), "--seconds", "0.01")
     assert status == 1
     assert said in out
-
-
-def test_held_out_bits_do_not_depend_on_the_chunks():
-    tokenizer = FuzzyTokenizer(dim=16)
-    model = nn.Sequential(tokenizer, nn.Linear(16, 256))
-    ids = torch.randint(256, (500,), dtype=torch.uint8)
-    whole = bits_per_byte(model(ids[None, :-1]), ids[None, 1:]).item()
-    for chunk in (7, 100, 1000):
-        assert demo._model_bits(model, tokenizer.receptive_field, ids, chunk) == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_rival_is_the_same_model(device):

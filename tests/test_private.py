@@ -33,6 +33,21 @@ def test_below_autograd():
     assert not y._is_view(), broken("nn.ReLU(inplace=True) behind an op would raise")
 
 
+def test_below_derivatives():
+    x = torch.ones(3, requires_grad=True)
+    counted = torch.zeros(3)
+    with private.below_derivatives():
+        assert not (2 * x).requires_grad, broken("a stream's step would be recorded")
+        counted.add_(1)
+    assert counted._version == 1, broken("autograd would not see that a state was written")
+
+
+def test_written_by():
+    assert private.written_by(ops.causal_conv1d_update.default) == [1], broken("autocast would copy a state, and the copy be updated")
+    assert private.written_by(ops.residual_stack_update.default) == [1, 2], broken("the same")
+    assert private.written_by(ops.causal_conv1d.default) == []
+
+
 def test_without_autocast():
     x = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -97,6 +112,8 @@ def test_keys_of_the_dispatcher():
         "AutocastCUDA": "autocast on GPUs",
     }.items():
         assert torch._C._dispatch_has_kernel_for_dispatch_key("fuzzytok::causal_conv1d", key), broken(what)
+    update = "fuzzytok::causal_conv1d_update"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(update, "ADInplaceOrView"), broken("what autograd knows of a state")
 
 
 # ---- Triton's

@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuzzytok_kernels.checks import check_ids
+from fuzzytok_kernels.checks import check_ids, check_positive
 from fuzzytok_kernels.functional import byte_causal_conv1d
 from fuzzytok_kernels.nn.block import ResidualCausalBlock
 from fuzzytok_kernels.nn.fold import foldable
+from fuzzytok_kernels.nn.hub import Pretrained
+from fuzzytok_kernels.nn.streaming import StreamState, compute_dtype
+from fuzzytok_kernels.streaming import ops as streaming_ops
 
 _BYTES = 256
 _IGNORED = -100  # a target that cross_entropy leaves out
 
 
-class FuzzyTokenizer(nn.Module):
+class FuzzyTokenizer(nn.Module, Pretrained):
     """Bytes (B, T) -> z (B, T, embedding_dim or dim): the embedding of each byte in the light of the `receptive_field` bytes up to it.
 
     An embedding with a LayerNorm (Eq. 1), one residual causal block for each dilation (Eq. 2 and 3), and a linear projection if
@@ -38,7 +41,10 @@ class FuzzyTokenizer(nn.Module):
     Attributes:
         receptive_field: how many bytes an output sees, its own included (Eq. 4); 43 for the defaults.
         num_ids: 256 + num_special.
+        config: the arguments that make it anew, as `save_pretrained` writes them.
     """
+
+    model_type = "fuzzytok"
 
     def __init__(
         self,
@@ -55,7 +61,11 @@ class FuzzyTokenizer(nn.Module):
             raise ValueError(f"num_special is {num_special}; expected at least 0")
         dilations = tuple(dilations)
         self.fold = fold
-        self.num_ids = _BYTES + num_special
+        self.config = dict(
+            dim=dim, kernel_size=kernel_size, dilations=list(dilations), activation=activation, embedding_dim=embedding_dim,
+            num_special=num_special,
+        )  # fmt: skip
+        self.num_ids, self.activation = _BYTES + num_special, activation
         specials = [i if i < self.num_ids else None for i in range(_BYTES, _BYTES + 4)]
         self.pad_id, self.begin_id, self.end_id, self.document_id = specials
         self.receptive_field = 1 + sum((kernel_size - 1) * dilation for dilation in dilations)
@@ -97,6 +107,37 @@ class FuzzyTokenizer(nn.Module):
             ids, rows, conv.weight, conv.bias, dilation=conv.dilation, activation=first.activation, cu_seqlens=cu_seqlens
         )
 
+    def init_state(self, slots: int) -> StreamState:
+        """The state of `slots` streams that have seen nothing, for `step`, on the device of the parameters, in the dtype of the blocks.
+
+        It holds receptive_field - 1 vectors of size dim and a position for each.
+        """
+        check_positive("slots", slots)
+        weight = self.embedding.weight
+        history = weight.new_zeros(slots, self.receptive_field - 1, weight.shape[1], dtype=compute_dtype(weight))
+        return StreamState(history, torch.zeros(slots, dtype=torch.long, device=weight.device))
+
+    def step(self, ids: Tensor, state: StreamState, slots: Tensor | None = None) -> Tensor:
+        """The next ids (B, L), any L >= 0, of B streams -> their z (B, L, embedding_dim or dim); state, from `init_state`, goes on by L.
+
+        Chunk by chunk it returns what `forward` returns on all the ids at once, to rounding, without gradients. Row b belongs to slot b,
+        or to slot `slots[b]` of int32 or int64 slots (B,), none twice; a row whose slot there is not, by custom -1, is empty: it changes
+        no state, and its z means nothing. Nothing waits for the GPU, so that a call can be captured in a CUDA graph and replayed.
+        Weights that have changed since hold for what comes, not for what the state remembers. It reads the parameters of the blocks, and
+        runs neither their hooks nor a forward of their own.
+
+        Raises:
+            ValueError: ids is not (B, L), or B is not the number of slots although `slots` is None.
+            TypeError: ids is neither uint8 nor long, or the state is of another dtype (as after a change of autocast).
+            IndexError: on the CPU, as `forward`. On a GPU such an id gives NaN, here and as long as the state remembers it.
+        """
+        convs: list[Any] = [block.conv for block in self.blocks]
+        layers = [conv.weight for conv in convs], [conv.bias for conv in convs], [conv.dilation for conv in convs]
+        with torch.no_grad():
+            e = streaming_ops.embedding_norm(ids, self.embedding.weight, self.norm.weight, self.norm.bias, self.norm.eps)  # (B, L, C)
+            h = streaming_ops.residual_stack_update(e.mT, *state, slots, *layers, self.activation)  # (B, C, L)
+            return self.projection(h.mT)
+
     def encode(self, texts: str | bytes | Sequence[str | bytes]) -> tuple[Tensor, Tensor]:
         """Text to the ids that `forward` takes: long ids (B, T) and lengths (B,), on the device of the parameters.
 
@@ -109,7 +150,7 @@ class FuzzyTokenizer(nn.Module):
         """
         if isinstance(texts, str | bytes):
             texts = [texts]
-        rows = [_to_bytes(text) for text in texts]
+        rows = [to_bytes(text) for text in texts]
         ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id or 0)
         for row_ids, row in zip(ids, rows, strict=True):
             if row:  # frombuffer refuses an empty one
@@ -153,7 +194,7 @@ def bits_per_byte(logits: Tensor, targets: Tensor, lengths: Tensor | None = None
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED) / math.log(2)
 
 
-def _to_bytes(text: str | bytes) -> bytes:
+def to_bytes(text: str | bytes) -> bytes:
     if isinstance(text, str):
         return text.encode("utf-8", "surrogateescape")
     if isinstance(text, bytes):
