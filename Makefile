@@ -16,19 +16,19 @@ demo: .venv/installed
 
 # Twice: the reference in plain PyTorch, then the kernels themselves through Triton's interpreter.
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 test-gpu:
-	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) -m pytest -n auto --maxprocesses 14
+	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) -m pytest -n auto --maxprocesses 14 --dist loadgroup
 
 # The tests on the oldest PyTorch and Triton that the package allows, and on the newest that pip finds: several GB each, so never in CI.
 test-matrix: test-oldest test-newest
 pair-oldest := torch==2.11.* triton==3.6.* 'numpy<2.4'  # the interpreter of Triton 3.6 breaks on newer ones
 pair-newest := torch triton
 test-oldest test-newest: test-%: .venv-%/installed
-	.venv-$*/bin/python -m pytest -n auto --maxprocesses 8
-	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8
+	.venv-$*/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

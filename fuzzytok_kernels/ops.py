@@ -159,10 +159,13 @@ def _fused_in_steps(
     return laid_out_as(x, reference.activated(p, residual, activation))
 
 
+def stores_pre_activation(weight: Tensor, activation: str) -> bool:
+    """Whether to compute it again in the backward would cost more."""
+    return activation != "none" and weight.dim() == 3 and weight.shape[1] * weight.shape[2] >= STORED_FROM
+
+
 def _fused_derived(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    """Stores the pre-activation where to compute it again would cost more."""
-    *_, activation = others
-    stored = activation != "none" and weight.dim() == 3 and weight.shape[1] * weight.shape[2] >= STORED_FROM
+    stored = stores_pre_activation(weight, others[-1])
     return _fused_in_steps(x, weight, *others) if stored else private.apply_of(_CausalConv1dFused)(x, weight, *others)
 
 

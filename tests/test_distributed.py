@@ -1,0 +1,181 @@
+"""Several ranks against one device: DTensor's rules, the styles of parallelize_module, sequence parallel. The checks run on the ranks."""
+
+import dtensor_checks
+import pytest
+import sequence_checks
+from modes import ON_CUDA, not_interpreted
+from ranks import RANKS, Ranks
+
+from fuzzytok_kernels.distributed import history_bytes
+from fuzzytok_kernels.distributed.exchange import TimeShards
+
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),  # `--dist loadgroup`: one process spawns them
+    pytest.mark.skipif(RANKS < 2, reason="needs two GPUs"),
+    not_interpreted,
+]
+needs_four = pytest.mark.skipif(RANKS < 4, reason="needs four GPUs")
+each_size = pytest.mark.parametrize("size", [2, pytest.param(4, marks=needs_four)])
+each_activation = pytest.mark.parametrize("activation", [None, "gelu", "glu"])
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    started = Ranks()
+    yield started
+    started.stop()
+
+
+# ---- DTensor
+
+
+@each_size
+@each_activation
+@pytest.mark.parametrize("way", dtensor_checks.WAYS)
+def test_dtensor(way, activation, size, ranks):
+    ranks.run(dtensor_checks.dtensor, size, way, activation, (4, 8, 10, 3))
+
+
+@each_size
+@pytest.mark.parametrize("way", dtensor_checks.WAYS)
+def test_dtensor_that_leaves_ranks_unequal_or_without_rows(way, size, ranks):
+    ranks.run(dtensor_checks.dtensor, size, way, None, (3, 6, 5, 3))
+
+
+@needs_four
+@pytest.mark.parametrize(("first", "second"), [("batch", "column"), ("batch", "row"), ("column", "row"), ("batch", "batch")])
+def test_dtensor_on_two_dimensions(first, second, ranks):
+    ranks.run(dtensor_checks.dtensor_on_two_dimensions, first, second)
+
+
+@each_size
+def test_column_activation_row(size, ranks):
+    ranks.run(dtensor_checks.column_activation_row, size)
+
+
+@each_size
+def test_column_of_a_gate(size, ranks):
+    ranks.run(dtensor_checks.column_gate, size)
+
+
+def test_styles_refuse_other_modules(ranks):
+    ranks.run(dtensor_checks.styles_refuse_other_modules, 2)
+
+
+@needs_four
+@pytest.mark.parametrize("kind", ["column", "gate"])
+def test_parallel_tokenizer_under_fsdp(kind, ranks):
+    ranks.run(dtensor_checks.parallel_tokenizer_under_fsdp, kind)
+
+
+# ---- sequence parallel
+
+
+@pytest.mark.parametrize("history", [0, 1, 3, 4, 9, 100])
+@pytest.mark.parametrize("lengths", [(5,), (4, 4), (1,) * 9, (3, 1, 0, 0, 7, 2), (0, 0, 3, 0)], ids=str)
+def test_who_sends_what(lengths, history):
+    """Every rank gets the steps before its own, each from the rank that has it, and that rank sends it."""
+    owners = [rank for rank, length in enumerate(lengths) for _ in range(length)]
+    shards = [TimeShards(None, rank, lengths) for rank in range(len(lengths))]
+    sent = {(rank, piece) for rank, each in enumerate(shards) for piece in each.sent(history)}
+    received = {(piece.peer, piece._replace(peer=rank)) for rank, each in enumerate(shards) for piece in each.received(history)}
+    assert sent == received
+    for each in shards:
+        steps = [(piece.peer, step) for piece in each.received(history) for step in range(piece.begin, piece.end)]
+        assert steps == [(owners[step], step) for step in range(max(0, each.start - history), each.start)]
+    assert history_bytes(lengths, history, 3) == 3 * sum(piece.end - piece.begin for _, piece in sent)
+
+
+LENGTHS = [(20, 20), (1, 1), (2, 5), pytest.param((3, 3, 3, 3), marks=needs_four), pytest.param((9, 1, 4, 6), marks=needs_four)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@each_activation
+def test_sequence_parallel(activation, lengths, ranks):
+    """Histories of 0, 2 and 8 steps: of one neighbour, or of all ranks on the left."""
+    ranks.run(sequence_checks.sequence_parallel, lengths, activation)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_bytes_sent(lengths, ranks):
+    ranks.run(sequence_checks.bytes_sent, lengths)
+
+
+def test_stored_pre_activation(ranks):
+    ranks.run(sequence_checks.stored_pre_activation, 2)
+
+
+def test_sequence_parallel_autocast(ranks):
+    ranks.run(sequence_checks.sequence_parallel_autocast, 2)
+
+
+def test_lengths_are_refused(ranks):
+    ranks.run(sequence_checks.lengths_are_refused, 2)
+
+
+@each_size
+def test_overlap(size, ranks):
+    ranks.run(sequence_checks.overlap, size)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["", "fsdp"])
+@pytest.mark.parametrize("where", ["input", "convolutions"])
+@pytest.mark.parametrize("lengths", [(50, 50), (13, 13), pytest.param((11, 11, 11, 11), marks=needs_four)], ids=str)
+def test_stack(lengths, where, fsdp, ranks):
+    """The receptive field is 43: of one neighbour, or of all ranks on the left."""
+    ranks.run(sequence_checks.stack, lengths, where, fsdp)
+
+
+@each_size
+def test_stack_of_blocks(size, ranks):
+    ranks.run(sequence_checks.stack_of_blocks, size)
+
+
+@needs_four
+def test_channels_and_time(ranks):
+    ranks.run(sequence_checks.channels_and_time, (30, 30))
+
+
+def test_bench_runs(ranks):
+    """bench.sequence_parallel, which checks before it times."""
+    _, *rows = ranks.run(sequence_checks.bench_runs)[0]
+    cells = [row.split(" | ") for row in rows]
+    assert len(rows) == 10
+    assert [row[2:] for row in cells if row[1] == "none"] == [[row[2], row[3], "100.0%", "0 |"] for row in cells if row[1] == "none"]
+    sent = {(row[0].removeprefix("| "), row[1]): int(row[-1].removesuffix(" |").replace(",", "")) for row in cells}
+    itemsize = 2 if ON_CUDA else 4
+    assert sent["64", "one a stack"] == sent["64", "one a stack, FSDP2"] == history_bytes((64,) * RANKS, 42, 1)
+    assert sent["20", "one a stack"] == history_bytes((20,) * RANKS, 42, 1)
+    assert sent["20", "one a convolution"] == 2 * 16 * itemsize * 42 * (RANKS - 1)
+
+
+# ---- packed sequences
+
+PACKED = [  # steps of each rank, and where sequences end before the last
+    ((20, 20), (3, 17, 17, 31)),
+    ((20, 20), (20,)),
+    ((2, 5), ()),
+    pytest.param((9, 1, 4, 6), (8, 11, 12), marks=needs_four),
+]
+
+
+@pytest.mark.parametrize(("lengths", "ends"), PACKED, ids=str)
+@each_activation
+def test_packed_convolution(activation, lengths, ends, ranks):
+    ranks.run(sequence_checks.packed_convolution, lengths, ends, activation)
+
+
+@pytest.mark.parametrize("where", ["input", "convolutions"])
+@pytest.mark.parametrize(("lengths", "ends"), [((60, 60), (5, 58, 58, 90)), pytest.param((12,) * 4, (7, 30), marks=needs_four)], ids=str)
+def test_packed_tokenizer(lengths, ends, where, ranks):
+    ranks.run(sequence_checks.packed_tokenizer, lengths, ends, where)
+
+
+def test_boundaries_are_refused(ranks):
+    ranks.run(sequence_checks.boundaries_are_refused, 2)
+
+
+@pytest.mark.parametrize("kind", ["state", "packed"])
+@pytest.mark.parametrize("way", ["batch", "column", "row", "replicated"])
+def test_dtensor_sequences(way, kind, ranks):
+    ranks.run(dtensor_checks.dtensor_sequences, 2, way, kind)
