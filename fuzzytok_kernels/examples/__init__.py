@@ -1,0 +1,1 @@
+"""Programs to read and to run: `python3 -m fuzzytok_kernels.examples.NAME`."""
