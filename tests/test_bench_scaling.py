@@ -1,0 +1,56 @@
+"""The cost model of bench.scaling: it returns what was measured where something was, and behaves as what it models."""
+
+from itertools import pairwise
+
+import pytest
+from modes import not_interpreted
+
+from bench import scaling
+
+pytestmark = not_interpreted
+NVLINK, INFINIBAND = scaling.LINKS
+FIELD = 43
+
+
+@pytest.fixture(scope="module")
+def kernels() -> scaling.Kernels:
+    return scaling.Kernels()
+
+
+@pytest.mark.parametrize(("op", "epilogue"), scaling.KERNELS.items())
+def test_times_are_the_measured_ones_and_lie_between_them(op, epilogue, kernels):
+    points = sorted(scaling._measured(op, epilogue))
+    assert len(points) >= 4
+    for (steps, time), (more_steps, more_time) in pairwise(points):
+        assert kernels.time(op, steps) == pytest.approx(time)
+        assert time < kernels.time(op, (steps + more_steps) // 2) < more_time
+    assert kernels.time(op, 0) == points[0][1]
+    assert kernels.time(op, 4 * points[-1][0]) > 3 * points[-1][1]
+
+
+def test_a_message_is_its_latency_and_its_bytes():
+    assert NVLINK.message(0) == NVLINK.latency
+    assert INFINIBAND.message(50e9) - INFINIBAND.latency == pytest.approx(1e6)  # 50 GB at 50 GB/s
+    assert INFINIBAND.collective(1e9, 1) == 0
+
+
+@pytest.mark.parametrize("link", scaling.LINKS, ids=lambda link: link.name)
+def test_the_shortest_is_where_the_goal_is_met(link, kernels):
+    def efficiency(T: int) -> float:
+        return kernels.step(T) / (kernels.step(T) + scaling.once_a_stack(kernels, link, T, FIELD))
+
+    least = scaling.shortest(kernels, lambda T: scaling.once_a_stack(kernels, link, T, FIELD))
+    assert efficiency(least) >= scaling.GOAL > efficiency(least - 256)
+
+
+def test_more_ranks_cost_more(kernels):
+    costs = [scaling.fsdp(kernels, scaling.STEPS, ranks)[0] for ranks in (1, *scaling.GPUS)]
+    assert costs[0] == 0
+    assert costs == sorted(costs)
+
+
+def test_the_table(capsys):
+    scaling.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0].removeprefix("| ") for row in rows[1:]] == ["1", "2", "4", "8", "16", "64", "256", "1,024"]
+    assert len({len(row) for row in rows}) == 1
