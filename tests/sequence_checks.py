@@ -222,6 +222,22 @@ def channels_and_time(lengths: tuple[int, ...]) -> None:
         close(total, wanted[name], name)
 
 
+def compiled(where: str) -> None:
+    """The exchange breaks the graph, without a word; what lies between is compiled."""
+    lengths = (30, 30)
+    alone, split = new_tokenizer(), new_tokenizer()
+    parallelize_module(split, mesh_of(2), TimeParallel() if where == "input" else {"blocks.*.conv": TimeParallel()})
+    ids, grad_z = torch.randint(256, (2, sum(lengths))).to(DEVICE), randn(2, sum(lengths), 6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(Dynamo|lru_cache)")
+        z = torch.compile(split, backend="aot_eager")(shards_of(ids, lengths))
+    want = alone(ids)
+    close(z, shards_of(want, lengths, 1), "z")
+    wanted = backward(alone, want, grad_z)
+    for name, value in backward(split, z, shards_of(grad_z, lengths, 1)).items():
+        close(summed(value, 2), wanted[name], name)
+
+
 def bench_runs() -> list[str]:
     bench.sequence_parallel.ROUNDS = bench.sequence_parallel.WARM_UP = 1
     with warnings.catch_warnings():

@@ -136,6 +136,11 @@ def test_channels_and_time(ranks):
     ranks.run(sequence_checks.channels_and_time, (30, 30))
 
 
+@pytest.mark.parametrize("where", ["input", "convolutions"])
+def test_compiled(where, ranks):
+    ranks.run(sequence_checks.compiled, where)
+
+
 def test_bench_runs(ranks):
     """bench.sequence_parallel, which checks before it times."""
     _, *rows = ranks.run(sequence_checks.bench_runs)[0]

@@ -14,6 +14,7 @@ from fuzzytok_kernels.distributed.exchange import TimeShards, add_returned, join
 from fuzzytok_kernels.layout import laid_out_as
 
 
+@torch.compiler.disable  # messages are no part of a graph
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -58,6 +59,7 @@ def causal_conv1d(
     return _Conv.apply(x, weight, bias, residual, cu_seqlens, dilation, activation, shards)
 
 
+@torch.compiler.disable
 def with_history(x: Tensor, history: int, shards: TimeShards) -> Tensor:
     """x (..., T), this rank's steps, behind the `history` before them: (..., before(history) + T). Differentiable."""
     return _WithHistory.apply(x, history, shards)
