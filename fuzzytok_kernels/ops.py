@@ -391,7 +391,7 @@ def _below_autograd(op: Callable, derive: Callable, defaults: tuple) -> Callable
     return autograd
 
 
-def _cast(args: tuple) -> tuple:
+def cast_for_autocast(args: tuple) -> tuple:
     """`args` as F.conv1d's rule has them under autocast: in its dtype, but for fp64. A tensor given twice stays one."""
     dtype = torch.get_autocast_dtype(args[0].device.type)
     casts: dict[int, Tensor] = {}
@@ -411,7 +411,7 @@ def _autocast(op: Callable, casts: bool) -> Callable:
 
     def autocast(*args: Any) -> Any:
         with private.without_autocast():
-            return op(*_cast(args)) if casts else op(*args)
+            return op(*cast_for_autocast(args)) if casts else op(*args)
 
     return autocast
 
@@ -423,7 +423,7 @@ def _functorch(apply: Callable, defaults: tuple, casts: bool) -> Callable:
         args = (*args, *defaults[len(args) :])
         device = args[0].device.type
         if casts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            args = _cast(args)
+            args = cast_for_autocast(args)
         return apply(*args)
 
     return front

@@ -48,7 +48,7 @@ def causal_conv1d(
     """
     activation = "none" if activation is None else activation
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias, residual = ops._cast((x, weight, bias, residual))
+        x, weight, bias, residual = ops.cast_for_autocast((x, weight, bias, residual))
     CHECKS["causal_conv1d_fused"](x, weight, bias, residual, None, cu_seqlens, dilation, activation)
     shards = TimeShards.of(x.shape[-1], group, lengths)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":

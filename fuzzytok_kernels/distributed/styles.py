@@ -99,25 +99,25 @@ class TimeParallel(ParallelStyle):
         base = _ExchangesAtTheConvolution if isinstance(module, CausalConv1d) else _ExchangesAtTheInput
         changed: Any = module
         changed.__class__ = type(f"TimeParallel{type(module).__name__}", (base, type(module)), {})  # as FSDP2 does
-        changed._time_group = device_mesh.get_group()
-        changed._time_history = sum((conv.kernel_size - 1) * conv.dilation for conv in module.modules() if isinstance(conv, CausalConv1d))
+        changed.time_group = device_mesh.get_group()
+        changed.time_history = sum((conv.kernel_size - 1) * conv.dilation for conv in module.modules() if isinstance(conv, CausalConv1d))
         return module
 
 
 class _ExchangesAtTheInput(nn.Module):
-    _time_group: ProcessGroup
-    _time_history: int
+    time_group: ProcessGroup
+    time_history: int
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        shards, T = TimeShards.of(x.shape[-1], self._time_group), x.shape[-1]
-        before = shards.before(self._time_history)
+        shards, T = TimeShards.of(x.shape[-1], self.time_group), x.shape[-1]
+        before = shards.before(self.time_history)
         sequences = [] if cu_seqlens is None else [shards.boundaries(cu_seqlens, before, T)]
-        y = super().forward(with_history(x, self._time_history, shards), *sequences)
+        y = super().forward(with_history(x, self.time_history, shards), *sequences)
         return y.narrow(x.dim() - 1, before, T)
 
 
 class _ExchangesAtTheConvolution(CausalConv1d):
-    _time_group: ProcessGroup
+    time_group: ProcessGroup
 
     def forward(  # type: ignore[override]  # no states: those of a rank are its neighbour's steps
         self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -126,7 +126,7 @@ class _ExchangesAtTheConvolution(CausalConv1d):
             x,
             self.weight,
             self.bias,
-            group=self._time_group,
+            group=self.time_group,
             dilation=self.dilation,
             activation=activation,
             residual=residual,
