@@ -63,7 +63,7 @@ def test_what_the_wheel_asks_for(wheel):
     always = {name: rest for name, rest in asked if "extra ==" not in rest}
     assert always.keys() == {"torch", "triton", "numpy", "tqdm", "filelock"}
     assert (">=2.11" in always["torch"], ">=3.6" in always["triton"]) == (True, True)
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)) == {"test", "bench", "hub"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)) == {"test", "bench", "hub", "paper"}
     assert {name.replace("-", "_") for name, rest in asked if "extra == 'hub'" in rest} == OPTIONAL
     assert "Requires-Python: >=3.10\n" in text
 

@@ -87,7 +87,7 @@ def conv_body(size: Size) -> FuzzyTokenizer:
 def conv1d_body(size: Size) -> FuzzyTokenizer:
     """The same model with PyTorch's convolution, as people write it."""
     body = conv_body(size)
-    body.blocks = nn.Sequential(*(Conv1dResidual(block.conv, torch.bfloat16) for block in body.blocks))  # type: ignore[arg-type]
+    body.blocks = nn.ModuleList(Conv1dResidual(block.conv, torch.bfloat16) for block in body.blocks)  # type: ignore[arg-type]
     return body
 
 
