@@ -334,7 +334,6 @@ def test_ids_that_there_are_not(device):
         (ValueError, lambda new: {7: "tanh"}, "activation is 'tanh'"),
         (ValueError, lambda new: {6: [2, 5, 0]}, "dilation is 0"),
     ],
-    ids=str,
 )
 def test_a_stack_refuses(exception, changes, says, device):
     args = list(stack_arguments(device))
@@ -359,7 +358,6 @@ def test_a_stack_refuses(exception, changes, says, device):
             "ids is on meta; expected the device of embedding",
         ),
     ],
-    ids=str,
 )
 def test_an_embedding_refuses(exception, changes, says, device):
     def new(*shape: int) -> Tensor:
