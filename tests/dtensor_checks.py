@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from fuzzytok_kernels import CausalConv1d, ResidualCausalBlock, causal_conv1d
+from fuzzytok_kernels import CausalConv1d, ResidualCausalBlock, byte_causal_conv1d, causal_conv1d
 from fuzzytok_kernels.distributed import ColwiseConv1d, RowwiseConv1d
 
 R, P = Replicate(), Partial()
@@ -86,6 +86,26 @@ def dtensor_sequences(size: int, way: str, kind: str) -> None:
         return distribute_tensor(grad_y, mesh, [R if placement.is_partial() else placement for placement in y.placements])
 
     got = with_gradients(causal_conv1d, sharded, "own", gradient, **how, **moved)
+    for name, value in want.items():
+        close(got[name], value, name)
+
+
+def dtensor_bytes(size: int, way: str) -> None:
+    """The tokenizer's front as look-ups: without a message forward, and the gradients of the table's makers are sums over the ranks."""
+    mesh, placement = mesh_of(size), Shard(0) if way == "batch" else R
+    tensors = {"embedding": randn(9, 8), "weight": randn(8, 8, 3), "bias": randn(8)}
+    ids, grad_y = torch.randint(9, (4, 11)).to(DEVICE), randn(4, 8, 11)
+
+    def with_gradients(place) -> dict[str, Tensor]:
+        leaves = {name: place(value, R).requires_grad_() for name, value in tensors.items()}
+        placed_ids = place(ids, placement)
+        with CommDebugMode() as count:
+            y = byte_causal_conv1d(placed_ids, *leaves.values(), dilation=2, activation="gelu")
+        assert count.get_total_counts() == 0
+        return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), place(grad_y, placement)), strict=True))}
+
+    want = with_gradients(lambda value, placement: value.detach())
+    got = with_gradients(lambda value, placement: distribute_tensor(value, mesh, [placement]))
     for name, value in want.items():
         close(got[name], value, name)
 

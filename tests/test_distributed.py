@@ -49,6 +49,12 @@ def test_dtensor_on_two_dimensions(first, second, ranks):
 
 
 @each_size
+@pytest.mark.parametrize("way", ["batch", "replicated"])
+def test_dtensor_bytes(way, size, ranks):
+    ranks.run(dtensor_checks.dtensor_bytes, size, way)
+
+
+@each_size
 def test_column_activation_row(size, ranks):
     ranks.run(dtensor_checks.column_activation_row, size)
 

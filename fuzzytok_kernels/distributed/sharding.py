@@ -15,7 +15,7 @@ from fuzzytok_kernels.reference import GATES
 
 
 class _Op(NamedTuple):
-    """Letters: b batch, c input channels, o output channels, and t, k, h, n, which are never split."""
+    """Letters: b batch, c input channels, o output channels, and t, k, h, n, v (the rows of a table of ids), which are never split."""
 
     arguments: dict[str, str]  # by name, in the order of the schema; "" is no tensor
     results: tuple[tuple[str, str], ...]  # each with the letters that its factors have
@@ -23,6 +23,7 @@ class _Op(NamedTuple):
     letters: str = "boc"  # over which it may be sharded
 
 
+_BYTES = {"ids": "bt", "embedding": "vc", "weight": "ock", "bias": "o", "dilation": "", "activation": "", "cu_seqlens": "n"}
 _SEQUENCES = {"initial_state": "bch", "cu_seqlens": "n"}
 _OPS = {
     ops.causal_conv1d: _Op({"x": "bct", "weight": "ock", "bias": "o", "dilation": ""}, (("bot", "boc"),), ("bias",)),
@@ -42,6 +43,9 @@ _OPS = {
     ops.causal_conv1d_weight_grad: _Op(
         {"grad_y": "bot", "x": "bct", "kernel_size": "", "dilation": "", "cu_seqlens": "n"}, (("ock", "boc"), ("o", "bo"))
     ),
+    # Over the batch alone: a channel of the embedding is summed over and added to the result, and the table is small.
+    ops.byte_causal_conv1d: _Op(_BYTES, (("bct", "b"),), letters="b"),
+    ops.byte_causal_conv1d_grad: _Op({"grad_y": "bct", **_BYTES}, (("vc", "b"), ("ock", "b"), ("o", "b")), letters="b"),
 }  # fmt: skip
 
 

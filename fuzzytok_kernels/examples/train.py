@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from fuzzytok_kernels.distributed import TimeParallel
-from fuzzytok_kernels.nn import FuzzyTokenizer, bits_per_byte
+from fuzzytok_kernels.nn import ByteLM, bits_per_byte
 
 
 @record
@@ -84,21 +84,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class _ByteModel(nn.Module):
-    """bytes (B, T) -> logits of the byte after each (B, T, 256)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.tokenizer = FuzzyTokenizer(dim)
-        self.head = nn.Linear(dim, self.tokenizer.num_ids)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.tokenizer(ids))
-
-
-def _model(dim: int, device: torch.device) -> _ByteModel:
+def _model(dim: int, device: torch.device) -> ByteLM:
     torch.manual_seed(0)  # the same on all ranks
-    model = _ByteModel(dim)
+    model = ByteLM(dim)
     contiguous = {name: value.contiguous() for name, value in model.state_dict().items()}  # FSDP2 takes no others
     model.load_state_dict(contiguous, assign=True)
     return model.to(device)

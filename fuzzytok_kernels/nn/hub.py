@@ -73,7 +73,7 @@ def _with_hub(cls: type) -> Any:
             return _load(cls, folders.pop())
 
         @classmethod
-        def from_pretrained(cls_with_hub, folder: Any, **options: Any) -> Any:
+        def from_pretrained(cls_with_hub, folder: Any, **options: Any) -> Any:  # type: ignore[override]
             if os.path.isdir(folder):  # the mixin reads the config before it asks us
                 return _load(cls, Path(folder))
             return super().from_pretrained(folder, **options)
