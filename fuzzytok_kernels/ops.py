@@ -1,13 +1,5 @@
-"""The ops under `torch.ops.fuzzytok`: schemas, checks, fakes, autograd, autocast and vmap. No arithmetic here.
+"""The ops under `torch.ops.fuzzytok`: schemas, checks, fakes and derivatives. No arithmetic here."""
 
-Each op has one `autograd.Function` (with `setup_context` and `vmap`) registered for both the Autograd and the functorch key: with
-`torch.library.register_autograd` forward-mode AD is silently zero and `torch.func.grad` raises (seen on torch 2.13).
-"""
-
-import functools
-import importlib
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,25 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuzzytok_kernels import private, reference
-from fuzzytok_kernels.checks import CHECKS, check_boundaries
+from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.layout import empty_of_bytes, empty_output, empty_weight, laid_out_as
+from fuzzytok_kernels.registration import Function, register, select, vmap_folding_first
 from fuzzytok_kernels.sequences import heads
-from fuzzytok_kernels.support import runs_triton
 
 STORED_FROM = 2048  # C_in * K, from which on a training step stores the pre-activation of a fused op
-
-_library = torch.library.Library("fuzzytok", "DEF")
-
-
-class _Function(torch.autograd.Function):
-    """The forward of each dispatches below ADInplaceOrView, not Autograd alone: else a result that the reference made by a view would be
-    one for autograd too, and `nn.ReLU(inplace=True)` behind it would raise."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise NotImplementedError(
-            "the fuzzytok ops have no forward-mode derivative; use reverse mode (backward, torch.func.grad, torch.func.vjp)"
-        )
 
 
 # ---- causal_conv1d
@@ -44,7 +23,7 @@ def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, d
     return empty_output(x, weight.shape[0])
 
 
-class _CausalConv1d(_Function):
+class _CausalConv1d(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
         with private.below_autograd():
@@ -68,7 +47,7 @@ class _CausalConv1d(_Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        return _vmap_folding_first(causal_conv1d, info.batch_size, in_dims, args)
+        return vmap_folding_first(causal_conv1d, info.batch_size, in_dims, args)
 
 
 # ---- causal_conv1d_fused
@@ -88,7 +67,7 @@ def _causal_conv1d_fused_fake(
     return empty_output(x, weight.shape[0] // 2 if activation in reference.GATES else weight.shape[0])
 
 
-class _CausalConv1dFused(_Function):
+class _CausalConv1dFused(Function):
     """Saves x, weight and bias alone, with the initial state and the boundaries: the backward computes the pre-activation anew, and
     multiplies while it is in registers."""
 
@@ -123,7 +102,7 @@ class _CausalConv1dFused(_Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        return _vmap_folding_first(causal_conv1d_fused, info.batch_size, in_dims, args)
+        return vmap_folding_first(causal_conv1d_fused, info.batch_size, in_dims, args)
 
 
 def _state_grads(grad_p: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None, dilation: int) -> tuple[Tensor, Tensor]:
@@ -218,7 +197,7 @@ def _causal_conv1d_input_grad_fake(
     return empty_output(grad_y, weight.shape[1])
 
 
-class _CausalConv1dInputGrad(_Function):
+class _CausalConv1dInputGrad(Function):
     @staticmethod
     def forward(grad_y: Tensor, weight: Tensor, dilation: int, residual: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         with private.below_autograd():
@@ -242,7 +221,7 @@ class _CausalConv1dInputGrad(_Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        return _vmap_folding_first(causal_conv1d_input_grad, info.batch_size, in_dims, args)
+        return vmap_folding_first(causal_conv1d_input_grad, info.batch_size, in_dims, args)
 
 
 # ---- causal_conv1d_weight_grad
@@ -255,7 +234,7 @@ def _causal_conv1d_weight_grad_fake(
     return empty_weight(x, grad_y.shape[1], x.shape[1], kernel_size), x.new_empty(grad_y.shape[1])
 
 
-class _CausalConv1dWeightGrad(_Function):
+class _CausalConv1dWeightGrad(Function):
     @staticmethod
     def forward(grad_y: Tensor, x: Tensor, kernel_size: int, dilation: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         with private.below_autograd():
@@ -279,7 +258,7 @@ class _CausalConv1dWeightGrad(_Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        slices = [causal_conv1d_weight_grad(*_select(args, in_dims, i)) for i in range(info.batch_size)]
+        slices = [causal_conv1d_weight_grad(*select(args, in_dims, i)) for i in range(info.batch_size)]
         grad_weights, grad_biases = zip(*slices, strict=True)
         return (torch.stack(grad_weights), torch.stack(grad_biases)), (0, 0)
 
@@ -294,7 +273,7 @@ def _byte_causal_conv1d_fake(
     return empty_of_bytes(embedding, ids)
 
 
-class _ByteCausalConv1d(_Function):
+class _ByteCausalConv1d(Function):
     """Saves its arguments alone: a product over the ids makes the table anew, and look-ups the pre-activation."""
 
     @staticmethod
@@ -338,144 +317,37 @@ def _byte_causal_conv1d_grad_in_steps(
     return reference.looked_up_grads(grad_y, ids, embedding, weight, *others)
 
 
-# ---- what they share
+# ---- all of them
 
 
-@functools.cache
-def implementation(name: str, device: torch.device, rooms: str = "fuzzytok_kernels") -> Callable:
-    """What computes an op on `device`: its Triton launcher, which checks when it makes a plan, or the reference behind a check.
-
-    Both are in modules of `rooms`. Values of `cu_seqlens` are checked here where that waits for no GPU; there a kernel asserts them.
-    """
-    compute = getattr(importlib.import_module(f"{rooms}.reference"), name)
-    if runs_triton(device):
-        room = "byte_launch" if name.startswith("byte_") else "launch"
-        compute = getattr(importlib.import_module(f"{rooms}.{room}"), name)
-        if device.type == "cuda":
-            return compute
-    check = CHECKS[name]
-    names = list(inspect.signature(check).parameters)
-    packed = names.index("cu_seqlens") if "cu_seqlens" in names else len(names)
-
-    def checked(*args: Any) -> Any:
-        check(*args)
-        for cu_seqlens in (arg for arg in args[packed : packed + 1] if arg is not None):
-            check_boundaries(cu_seqlens, args[0].shape[-1])
-        return compute(*args)
-
-    return checked
-
-
-def _select(args: tuple, dims: tuple, index: int) -> list:
-    return [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, dims, strict=True)]
-
-
-def _vmap_folding_first(op: Callable, size: int, in_dims: tuple, args: tuple) -> tuple[Tensor, int]:
-    """vmap over the first argument alone is a larger batch, if no other has one; else it is one call a slice."""
-    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]) and not any(isinstance(arg, Tensor) for arg in args[3:]):
-        first = args[0].movedim(in_dims[0], 0)
-        return op(first.flatten(0, 1), *args[1:]).unflatten(0, first.shape[:2]), 0
-    return torch.stack([op(*_select(args, in_dims, i)) for i in range(size)]), 0
-
-
-def _below_autograd(op: Callable, derive: Callable, defaults: tuple) -> Callable:
-    """The Autograd kernel of an op: `derive`, or the op itself where nothing could want a derivative (saves some 8 us a call)."""
-
-    def autograd(*args: Any) -> Any:
-        wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-        if wanted or private.in_forward_mode():
-            return derive(*args, *defaults[len(args) :])
-        with private.below_autograd():
-            return op(*args)
-
-    return autograd
-
-
-def cast_for_autocast(args: tuple) -> tuple:
-    """`args` as F.conv1d's rule has them under autocast: in its dtype, but for fp64. A tensor given twice stays one."""
-    dtype = torch.get_autocast_dtype(args[0].device.type)
-    casts: dict[int, Tensor] = {}
-
-    def cast(arg: Any) -> Any:
-        if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.dtype == torch.float64:
-            return arg
-        if id(arg) not in casts:
-            casts[id(arg)] = arg.to(dtype)
-        return casts[id(arg)]
-
-    return tuple(map(cast, args))
-
-
-def _autocast(op: Callable, casts: bool) -> Callable:
-    """A forward follows the autocast dtype, a gradient keeps its own, and nothing inside is cast again."""
-
-    def autocast(*args: Any) -> Any:
-        with private.without_autocast():
-            return op(*cast_for_autocast(args)) if casts else op(*args)
-
-    return autocast
-
-
-def _functorch(apply: Callable, defaults: tuple, casts: bool) -> Callable:
-    """The kernel under torch.func's transforms. Its key comes before autocast's, and the function has to save what was cast."""
-
-    def front(*args: Any) -> Any:
-        args = (*args, *defaults[len(args) :])
-        device = args[0].device.type
-        if casts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            args = cast_for_autocast(args)
-        return apply(*args)
-
-    return front
-
-
-def _register(schema: str, fake: Callable, derived: Callable, transformed: Callable, autocast: bool = False) -> Any:
-    """Define an op with its fake and every kernel: `derived` where a derivative may be wanted, `transformed` under torch.func.
-
-    Either is an autograd.Function, or does what the op does in steps that have derivatives of their own.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    op = getattr(torch.ops.fuzzytok, name).default
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, lambda first, *args: implementation(name, first.device)(first, *args), key)
-    torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
-    defaults = private.defaults_of(op)  # the dispatcher strips arguments that equal theirs
-    _library.impl(name, _below_autograd(op, derived, defaults), "Autograd")
-    _library.impl(name, _functorch(transformed, defaults, autocast), "FuncTorchDynamicLayerFrontMode")
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(name, _autocast(op, autocast), key)
-    return op
-
-
-causal_conv1d = _register(
+causal_conv1d = register(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1) -> Tensor",
     _causal_conv1d_fake, private.apply_of(_CausalConv1d), _CausalConv1d.apply, autocast=True,
 )  # fmt: skip
-causal_conv1d_fused = _register(
+causal_conv1d_fused = register(
     "causal_conv1d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? initial_state, Tensor? cu_seqlens, "
     "int dilation, str activation) -> Tensor",
     _causal_conv1d_fused_fake, _fused_derived, _fused_transformed, autocast=True,
 )  # fmt: skip
-causal_conv1d_activation_grad = _register(
+causal_conv1d_activation_grad = register(
     "causal_conv1d_activation_grad(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
     "int dilation, str activation) -> Tensor",
     _causal_conv1d_activation_grad_fake, _activation_grad_in_steps, _activation_grad_in_steps,
 )  # fmt: skip
-causal_conv1d_input_grad = _register(
+causal_conv1d_input_grad = register(
     "causal_conv1d_input_grad(Tensor grad_y, Tensor weight, int dilation=1, Tensor? residual=None, Tensor? cu_seqlens=None) -> Tensor",
     _causal_conv1d_input_grad_fake, private.apply_of(_CausalConv1dInputGrad), _CausalConv1dInputGrad.apply,
 )  # fmt: skip
-causal_conv1d_weight_grad = _register(
+causal_conv1d_weight_grad = register(
     "causal_conv1d_weight_grad(Tensor grad_y, Tensor x, int kernel_size, int dilation=1, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
     _causal_conv1d_weight_grad_fake, private.apply_of(_CausalConv1dWeightGrad), _CausalConv1dWeightGrad.apply,
 )  # fmt: skip
-byte_causal_conv1d = _register(
+byte_causal_conv1d = register(
     "byte_causal_conv1d(Tensor ids, Tensor embedding, Tensor weight, Tensor? bias, int dilation, str activation, Tensor? cu_seqlens=None)"
     " -> Tensor",
     _byte_causal_conv1d_fake, private.apply_of(_ByteCausalConv1d), _byte_causal_conv1d_in_steps, autocast=True,
 )  # fmt: skip
-byte_causal_conv1d_grad = _register(
+byte_causal_conv1d_grad = register(
     "byte_causal_conv1d_grad(Tensor grad_y, Tensor ids, Tensor embedding, Tensor weight, Tensor? bias, int dilation, str activation,"
     " Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
     _byte_causal_conv1d_grad_fake, _byte_causal_conv1d_grad_in_steps, _byte_causal_conv1d_grad_in_steps,

@@ -12,6 +12,7 @@ from fuzzytok_kernels import ops, reference
 from fuzzytok_kernels.checks import CHECKS, check_boundaries
 from fuzzytok_kernels.distributed.exchange import TimeShards, add_returned, joined, return_gradient, send_history
 from fuzzytok_kernels.layout import laid_out_as
+from fuzzytok_kernels.registration import cast_for_autocast
 
 
 @torch.compiler.disable  # messages are no part of a graph
@@ -48,7 +49,7 @@ def causal_conv1d(
     """
     activation = "none" if activation is None else activation
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias, residual = ops.cast_for_autocast((x, weight, bias, residual))
+        x, weight, bias, residual = cast_for_autocast((x, weight, bias, residual))
     CHECKS["causal_conv1d_fused"](x, weight, bias, residual, None, cu_seqlens, dilation, activation)
     shards = TimeShards.of(x.shape[-1], group, lengths)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from fuzzytok_kernels import private, reference
 from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.layout import empty_output
-from fuzzytok_kernels.ops import implementation
+from fuzzytok_kernels.registration import implementation
 
 _library = torch.library.Library("fuzzytok", "FRAGMENT")
 
