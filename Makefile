@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-matrix test-oldest test-newest lint bench bench-check
+.PHONY: demo test test-gpu test-matrix test-oldest test-newest fuzz compile-matrix lint bench bench-check
 
 # FILE and TEXT reach the shell as environment variables, unexpanded, so that no quoting and no $ can break them.
 override FILE := $(value FILE)
@@ -29,6 +29,14 @@ pair-newest := torch triton
 test-oldest test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
+# Random problems against the reference, on the GPU: 20,000 of them, or as CASES has it.
+fuzz:
+	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) tests/fuzz.py $(if $(CASES),--cases $(CASES))
+
+# Every kernel and shipped config, compiled for all GPUs without having them; MOST limits how many for each.
+compile-matrix: .venv/installed
+	$(BIN)/python -m fuzzytok_kernels.tuning.matrix $(if $(MOST),--most $(MOST))
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,13 +16,17 @@ from fuzzytok_kernels.private_triton import DriverBase, GPUTarget, cuobjdump, dr
 from fuzzytok_kernels.tuning import Config, Problem, force
 from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
 
+# How the assembly of each generation names the products of its tensor cores.
+_PRODUCTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "v_mfma": "mfma"}
+
 
 class Resources(NamedTuple):
     """The most that any kernel of a launch takes."""
 
     shared: int  # bytes a program
-    registers: int  # a thread; 0 where the backend does not say
+    registers: int  # a thread
     local: int  # bytes of local memory a thread
+    products: str = ""  # the instructions of its tensor cores: of _PRODUCTS, or "" if it has none
 
     @property
     def spills(self) -> bool:
@@ -36,6 +41,7 @@ def resources(problem: Problem, config: Config, target: GPUTarget, T: int = 64) 
     """
     pretended = _Pretended(target)
     driver.set_active(pretended)
+    triton.knobs.runtime.kernel_load_start_hook = pretended.keep_assembly
     support.cpu_facts = support.Facts(
         multiprocessors=128, descriptors=target.backend == "cuda" and target.arch >= 90, tf32=target.backend == "cuda"
     )
@@ -53,6 +59,7 @@ class _Pretended(DriverBase):
     def __init__(self, target: GPUTarget) -> None:
         self.target, self.number = target, next(_numbers)
         self.compiled: list[Resources] = []
+        self.assembly = ""  # of the kernel that is loaded next
         self.utils = self
 
     @classmethod
@@ -83,9 +90,15 @@ class _Pretended(DriverBase):
     def launcher_cls(self, src: object, metadata: object) -> Callable:
         return lambda *args: None
 
+    def keep_assembly(self, module: object, function: object, name: str, files: dict[str, str], hash: str) -> None:
+        """Triton's hook before a kernel is loaded; `files` are the stages of its compilation."""
+        (path,) = (path for file, path in files.items() if file.endswith((".ptx", ".amdgcn")))
+        self.assembly = Path(path).read_text("utf-8")
+
     def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
-        registers, local = _registers(binary) if self.target.backend == "cuda" else (0, 0)
-        self.compiled.append(Resources(shared, registers, local))
+        registers, local = _registers(binary) if self.target.backend == "cuda" else _amd_registers(self.assembly)
+        products = max((name for sign, name in _PRODUCTS.items() if sign in self.assembly), default="")
+        self.compiled.append(Resources(shared, registers, local, products))
         return name, name, registers, local, 1024
 
 
@@ -98,3 +111,11 @@ def _registers(cubin: bytes) -> tuple[int, int]:
     assert found, usage
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+def _amd_registers(assembly: str) -> tuple[int, int]:
+    registers, local = (
+        re.search(rf"^ +\.{name}: +(\d+)$", assembly, re.MULTILINE) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    assert registers and local, assembly
+    return int(registers[1]), int(local[1])

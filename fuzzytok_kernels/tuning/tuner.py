@@ -104,8 +104,11 @@ def racer() -> contextlib.closing[Worker]:
 
 
 @contextlib.contextmanager
-def compilers(gpu: Gpu) -> Iterator[Callable[[Job, Config], Future]]:
-    """A function that compiles a job with a config, on one of as many processes as there are cores, into a future of its `Resources`."""
+def compilers(gpu: Gpu, spared: int = 2) -> Iterator[Callable[[Job, Config], Future]]:
+    """A function that compiles a job with a config, on one of as many processes as there are cores, into a future of its `Resources`.
+
+    `spared` cores are left alone: unless told, one for a racing process, one for this.
+    """
     nvidia = gpu.arch.startswith("sm")
     target = GPUTarget("cuda", int(gpu.arch[2:]), 32) if nvidia else GPUTarget("hip", gpu.arch, 64)
     workers: list[Worker] = []
@@ -117,7 +120,7 @@ def compilers(gpu: Gpu) -> Iterator[Callable[[Job, Config], Future]]:
             workers.append(mine.worker)
         return mine.worker(job.problem, config, target, job.T)
 
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 2))  # one core for the racing process, one for this
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - spared))
     try:
         yield lambda job, config: pool.submit(compile, job, config)
     finally:

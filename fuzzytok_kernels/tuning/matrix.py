@@ -1,0 +1,120 @@
+"""`python -m fuzzytok_kernels.tuning.matrix`: compile every kernel and shipped config for every supported GPU, without having it.
+
+Prints a table, and below it each config that breaks a rule: it compiles; its shared memory fits; no register is spilled; its products
+run on the tensor cores. Exit status 1 if any does. Turing is in the table to show why the package leaves it to PyTorch.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from fuzzytok_kernels.tuning.compile import Resources
+from fuzzytok_kernels.tuning.gpu import Gpu, versions
+from fuzzytok_kernels.tuning.lookup import shipped_folder
+from fuzzytok_kernels.tuning.measure import Job
+from fuzzytok_kernels.tuning.space import OPS, Config, default_config
+from fuzzytok_kernels.tuning.store import header, path_of, read
+from fuzzytok_kernels.tuning.tuner import compilers, job_of
+from fuzzytok_kernels.tuning.warmup import default_jobs
+from fuzzytok_kernels.tuning.worker import WorkerError
+
+LEFT_OUT = Gpu("the paper's T4", "sm75", 40, 65_536)
+_WITHOUT_FILES = (LEFT_OUT, Gpu("generic", "gfx90a", 208, 65_536))
+
+
+class Row(NamedTuple):
+    """What the configs of one GPU take, and what is wrong with them."""
+
+    gpu: Gpu
+    used: list[Resources]
+    faults: list[str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if any config breaks a rule, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m fuzzytok_kernels.tuning.matrix", description=__doc__)
+    parser.add_argument("--most", type=int, help="configs a GPU, spread over all that there are (default: all)")
+    most = parser.parse_args(arguments).most
+    rows = [_compiled(gpu, _spread(sorted(_launches(gpu)), most)) for gpu in sorted(gpus(), key=_age)]
+    print(_table(rows))
+    faults = [f"{row.gpu.arch} {fault}" for row in rows for fault in row.faults]
+    print("\n".join(faults or [f"{sum(len(row.used) for row in rows)} configs compiled, none breaks a rule"]))
+    return 1 if faults else 0
+
+
+def gpus() -> set[Gpu]:
+    """Those with shipped files, and those supported without."""
+    return {header(path)[0] for path in shipped_folder().glob("*/*/*.json")} | {*_WITHOUT_FILES}
+
+
+def _launches(gpu: Gpu) -> set[tuple[Job, Config]]:
+    """What may run on `gpu`: what its files say of their problems, and the default for those of the common list.
+
+    One of all that compile to the same kernels: neither of those knows a size, but for whether it is a multiple of 16.
+    """
+    entries = [entry for op in OPS for entry in read(path_of(shipped_folder(), gpu, op), gpu, op)[0]]
+    launches = [(job_of(entry.problem), entry.config) for entry in entries]
+    launches += [(job, default_config(job.problem)) for job in default_jobs(gpu.descriptors)]
+    distinct = {}
+    for job, config in launches:
+        problem = job.problem
+        distinct[(*problem[:6], problem.c_in % 16, problem.c_out % 16, job.T % 16, config)] = job, config
+    return set(distinct.values())
+
+
+def _spread(launches: list[tuple[Job, Config]], most: int | None) -> list[tuple[Job, Config]]:
+    """At most `most` of them, evenly: they are sorted by op, dtype, layout and epilogue, so that each of these has its share."""
+    step = max(1.0, len(launches) / most) if most else 1.0
+    return [launches[int(i * step)] for i in range(round(len(launches) / step))]
+
+
+def _compiled(gpu: Gpu, launches: Iterable[tuple[Job, Config]]) -> Row:
+    row = Row(gpu, [], [])
+    with compilers(gpu, spared=0) as compile:
+        futures = [(job, config, compile(job, config)) for job, config in launches]
+        for job, config, future in tqdm(futures, desc=gpu.arch):
+            try:
+                used = future.result()
+            except WorkerError as error:
+                row.faults.append(f"does not compile ({error}): {job.problem} with {config}")
+                continue
+            row.used.append(used)
+            row.faults.extend(f"{fault}: {job.problem} with {config}" for fault in _faults(used, gpu))
+    return row
+
+
+def _faults(used: Resources, gpu: Gpu) -> list[str]:
+    if gpu == LEFT_OUT:
+        return [f"has {used.products}, so that it need not be left out"] if used.products else []
+    faults = []
+    if used.shared > gpu.shared_memory:
+        faults.append(f"{used.shared:,} bytes of shared memory, where there are {gpu.shared_memory:,}")
+    if used.spills:
+        faults.append(f"{used.local} bytes of local memory")
+    if not used.products:
+        faults.append("no product on the tensor cores")
+    return faults
+
+
+def _table(rows: Iterable[Row]) -> str:
+    lines = [
+        f"| triton {versions()['triton']} | configs | shared memory, of | registers | local memory | products |",
+        "|---|---|---|---|---|---|",
+    ]
+    for gpu, used, _ in rows:
+        counts = {name: sum(each.products == name for each in used) for name in sorted({each.products for each in used}, reverse=True)}
+        products = ", ".join(f"{name or 'none: PyTorch runs there'} {count}" for name, count in counts.items())
+        shared, registers, local, _ = map(max, zip(*used, strict=True)) if used else (0, 0, 0, "")
+        lines.append(f"| {gpu.arch} {gpu.name} | {len(used)} | {shared:,} of {gpu.shared_memory:,} | {registers} | {local} | {products} |")
+    return "\n".join(lines)
+
+
+def _age(gpu: Gpu) -> tuple:
+    """NVIDIA's first, the oldest first."""
+    return not gpu.arch.startswith("sm"), int(gpu.arch[2:]) if gpu.arch.startswith("sm") else 0, gpu.arch, gpu.name
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

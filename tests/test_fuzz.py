@@ -1,0 +1,110 @@
+"""Random problems of every op (cases.py), and that the check finds what is wrong. `make fuzz` runs many more on a GPU."""
+
+import math
+
+import cases
+import pytest
+from hypothesis import HealthCheck, Phase, find, given, settings
+from modes import INTERPRETED, needs_kernels
+
+from fuzzytok_kernels.checks import CHECKS
+
+EXAMPLES = 24 if INTERPRETED else 60
+QUIET = dict(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+CASE = cases.Case(
+    op="causal_conv1d", dtype="fp16", layout="channels-last", others="channels-last", weight="contiguous", bias="contiguous",
+    activation="none", residual="none", K=3, config=1, c_in=16, channels=8, T=21, B=2, d=2, spoilt=None, seed=5,
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's word on NaN, in the interpreter
+@pytest.mark.parametrize("op", cases.SUBJECTS)
+def test_any_case(op, strict):
+    @settings(max_examples=EXAMPLES, **QUIET)
+    @given(case=cases.any_case(op))
+    def check(case):
+        cases.check(case)
+
+    check()
+
+
+def test_every_op_has_a_subject():
+    assert set(cases.SUBJECTS) == set(CHECKS)
+
+
+def test_a_case_is_one_line_and_back():
+    for spoilt in (None, math.inf):
+        case = CASE._replace(spoilt=spoilt)
+        assert "\n" not in str(case)
+        assert cases.from_text(str(case)) == case
+
+
+@pytest.mark.parametrize("op", cases.SUBJECTS)
+def test_sizes_keep_what_is_compiled(op):
+    """Whatever the sizes of a template, each is in the group that it says."""
+    template = {name: values[0] for name, values in cases.choices(op).items()}
+    for group, among in (("one", {1}), ("odd", {1, 3, 5, 7, 9, 11, 13, 15}), ("twice odd", {2, 6, 10, 14}), ("8s", {8}), ("16s", {0})):
+        case = find(cases.sizes({**template, "T": group}), lambda case: True, settings=settings(**QUIET, phases=[Phase.generate]))
+        assert case.T % 16 in among
+
+
+# ---- faults that are planted
+
+
+def beyond(y, *args):
+    y.as_strided((1,), (1,), y.storage_offset() + y.numel())[:] = 0
+
+
+def before(y, *args):
+    y.as_strided((1,), (1,), y.storage_offset() - 1)[:] = 0
+
+
+def unwritten(y, *args):
+    y[-1, -1, -1] = math.nan
+
+
+def wrong_by_a_little(y, *args):
+    y[0, 0, 0] += 0.02
+
+
+def writes_x(y, x, *args):
+    x[0, 0, 0] += 1
+
+
+def sees_the_future(y, x, *args):
+    y[:, :, :-1] += 0 * x.sum(1, keepdim=True)[:, :, 1:]
+
+
+def sees_another_row(y, x, *args):
+    y[1] += 0 * x[0].sum()
+
+
+FAULTS = {
+    beyond: "memory behind",
+    before: "memory before",
+    unwritten: "error nan",
+    wrong_by_a_little: "norm of the error 0.0",
+    writes_x: "x, or what lies around it, was written",
+    sees_the_future: "reached more than it may",
+    sees_another_row: "reached more than it may",
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize(("fault", "message"), FAULTS.items(), ids=lambda value: getattr(value, "__name__", None))
+def test_the_check_finds(fault, message, strict, monkeypatch):
+    from fuzzytok_kernels import launch
+
+    right = launch.causal_conv1d
+
+    def wrong(*args):
+        y = right(*args)
+        fault(y, *args)
+        return y
+
+    case = CASE._replace(spoilt=math.nan)
+    cases.check(case)
+    monkeypatch.setattr(launch, "causal_conv1d", wrong)
+    with pytest.raises(AssertionError, match=message):
+        cases.check(case)
