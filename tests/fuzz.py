@@ -60,18 +60,18 @@ def main() -> int:
 
 def run_template(template: dict[str, Any], start: int) -> tuple[int, str | None]:
     """How many of a template's cases passed, and the line of the smallest that did not."""
-    passed, failed = 0, None
+    passed, failed, lost = 0, None, False
 
     @seed(start)
     @settings(max_examples=EACH, **_SETTINGS)
     @given(case=cases.sizes(template))
     def check(case: cases.Case) -> None:
-        nonlocal passed, failed
+        nonlocal passed, failed, lost
+        assert not lost, "nothing can be said without a context"
         try:
             cases.check(case)
-            if cases.ON_CUDA:
-                torch.cuda.synchronize()
         except Exception as error:
+            lost = _context_is_lost()
             failed = f"FAILED {type(error).__name__}: {str(error).partition(chr(10))[0]}\n    --case '{case}'"
             raise
         passed += failed is None
@@ -82,6 +82,15 @@ def run_template(template: dict[str, Any], start: int) -> tuple[int, str | None]
         if failed is None:
             raise
     return passed, failed
+
+
+def _context_is_lost() -> bool:
+    try:
+        if cases.ON_CUDA:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _templates(draw: random.Random, count: int) -> Any:

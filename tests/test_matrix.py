@@ -1,0 +1,70 @@
+"""`make compile-matrix`: what it compiles, and which faults it finds. CI runs the matrix itself, over a spread of configs."""
+
+import pytest
+from modes import INTERPRETED, ON_CUDA
+
+pytest.importorskip("triton")
+from fuzzytok_kernels.tuning import Problem, matrix, tuner
+from fuzzytok_kernels.tuning.architectures import ARCHITECTURES
+from fuzzytok_kernels.tuning.compile import Resources
+from fuzzytok_kernels.tuning.space import OPS, default_config
+
+GPUS = {gpu.arch: gpu for gpu in (*ARCHITECTURES, *matrix._WITHOUT_FILES)}
+SM80, SM75 = GPUS["sm80"], matrix.LEFT_OUT
+GOOD = Resources(shared=SM80.shared_memory, registers=255, local=0, products="mma")
+
+
+def test_gpus():
+    """Those that the README names, and each GPU with a file."""
+    found = matrix.gpus()
+    assert {gpu.arch for gpu in found} == {"sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx90a", "gfx942"}
+    assert any(gpu.name == "NVIDIA H100 80GB HBM3" for gpu in found)
+
+
+@pytest.mark.parametrize("gpu", [SM75, SM80], ids=lambda gpu: gpu.arch)
+def test_every_op_and_dtype_is_compiled(gpu):
+    launches = sorted(matrix._launches(gpu))
+    spread = matrix._spread(launches, 20)
+    assert len(spread) == len(set(spread)) == 20
+    assert matrix._spread(launches, None) == matrix._spread(launches, 10**6) == launches
+    for some in (launches, spread):
+        assert {job.problem.op for job, _ in some} == set(OPS)
+        assert {job.problem.dtype for job, _ in some} >= {"bf16", "tf32", "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "used", "fault"),
+    [
+        (SM80, GOOD, None),
+        (SM80, GOOD._replace(shared=SM80.shared_memory + 1), "166,913 bytes of shared memory, where there are 166,912"),
+        (SM80, GOOD._replace(local=64), "64 bytes of local memory"),
+        (SM80, GOOD._replace(products=""), "no product on the tensor cores"),
+        (SM75, GOOD._replace(products="", local=4000), None),
+        (SM75, GOOD, "has mma, so that it need not be left out"),
+    ],
+)
+def test_faults(gpu, used, fault):
+    assert matrix._faults(used, gpu) == ([fault] if fault else [])
+
+
+def test_a_fault_is_told_and_makes_the_status(monkeypatch, capsys):
+    problem = Problem("causal_conv1d", "bf16", "last", False, "none", 3, 64, 64, 2048)
+    launch = tuner.job_of(problem), default_config(problem)
+    monkeypatch.setattr(matrix, "gpus", lambda: {SM80})
+    monkeypatch.setattr(matrix, "_launches", lambda gpu: {launch})
+    for used, status in ((GOOD, 0), (GOOD._replace(local=64), 1)):
+        monkeypatch.setattr(matrix, "_compiled", lambda gpu, launches, used=used: matrix.Row(gpu, [used], matrix._faults(used, gpu)))
+        assert matrix.main([]) == status
+        assert f"| sm80 generic | 1 | 166,912 of 166,912 | 255 | {used.local} | mma 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(INTERPRETED or ON_CUDA, reason="compiles for other GPUs: once, on the CPU, is enough")
+@pytest.mark.parametrize(
+    ("arch", "products"), [("sm75", ""), ("sm80", "mma"), ("sm90", "wgmma"), ("sm100", "tcgen05"), ("gfx942", "mfma")], ids=str
+)
+def test_products_are_told_from_the_assembly(arch, products):
+    gpu = GPUS[arch]
+    problem = Problem("causal_conv1d", "fp16", "last", gpu.descriptors, "none", 3, 64, 64, 8192)
+    with tuner.compilers(gpu) as compile:
+        used = compile(tuner.job_of(problem), default_config(problem)).result()
+    assert (used.products, used.registers > 0, used.shared > 0) == (products, True, True)
