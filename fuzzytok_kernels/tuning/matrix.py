@@ -60,7 +60,7 @@ def _launches(gpu: Gpu) -> set[tuple[Job, Config]]:
     distinct = {}
     for job, config in launches:
         problem = job.problem
-        distinct[(*problem[:6], problem.c_in % 16, problem.c_out % 16, job.T % 16, config)] = job, config
+        distinct[problem[:6], problem.c_in % 16, problem.c_out % 16, job.T % 16, config] = job, config
     return set(distinct.values())
 
 
