@@ -166,22 +166,36 @@ def _input_grad_plan(
 
 
 def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable]) -> Callable:
-    """What `build` makes of the config of `problem`; of the default, with one warning, if that asks for more than the GPU has."""
-    launches = [build(tuning.get_config(_device_index(device), problem))]
+    """What `build` makes of the config of `problem`; of the default, with one warning, if that asks for more than the GPU has.
+
+    What else fails says of which problem, and keeps its type: a caller may wait for torch.OutOfMemoryError.
+    """
+    stored = build(tuning.get_config(_device_index(device), problem))
+    launches = [stored]
 
     def launch(*tensors: Tensor | None) -> Any:
+        run = launches[-1]
         try:
-            return launches[-1](*tensors)
+            return run(*tensors)
         except OutOfResources as error:
-            if len(launches) > 1 or tuning.is_forced():
-                raise
-            warnings.warn(
-                f"fuzzytok_kernels: the config stored for {problem} does not fit ({error}); the default runs instead", stacklevel=2
-            )
-            launches.append(build(default_config(problem)))
-            return launches[-1](*tensors)
+            if run is not stored or tuning.is_forced():
+                raise OutOfResources(error.required, error.limit, f"{error.name} for {problem}") from error
+            if len(launches) == 1:  # else another thread was here before
+                warnings.warn(
+                    f"fuzzytok_kernels: the config stored for {problem} does not fit ({error}); the default runs instead", stacklevel=2
+                )
+                launches.append(build(default_config(problem)))
+        except RuntimeError as error:
+            hint = "; a kernel's first call cannot be captured in a graph: call it once before" if _is_capturing() else ""
+            error.args = (f"{problem}: {error}{hint}",)
+            raise
+        return launch(*tensors)
 
     return on(device, launch)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class _After(NamedTuple):

@@ -1,4 +1,7 @@
-"""`fuzzytok check`: race this GPU's stored winners against the default again; 1 if one has become slower or wrong."""
+"""`fuzzytok check`: race this GPU's stored winners against the default again; 1 if one has become slower or wrong.
+
+With --all, verify instead every config that any problem could be given, on shapes that no block divides.
+"""
 
 import argparse
 import math
@@ -9,6 +12,7 @@ from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.space import OPS, default_config
 from fuzzytok_kernels.tuning.store import Entry, path_of, read
 from fuzzytok_kernels.tuning.tuner import compilers, job_of, racer
+from fuzzytok_kernels.tuning.verify import verify_all
 from fuzzytok_kernels.tuning.worker import WorkerError
 
 _SLOWER = 1.03  # of the default's time; less is noise
@@ -18,10 +22,13 @@ _RACES = 3  # that a winner must lose: one of 247 lost its first by 9 % on the G
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fuzzytok check` and return its exit status."""
     parser = argparse.ArgumentParser(prog="fuzzytok check", description=__doc__)
-    parser.parse_args(arguments)
+    parser.add_argument("--all", action="store_true", help="verify every config of the search space, for every op, dtype and layout")
+    chosen = parser.parse_args(arguments)
     gpu = Gpu.current(0)
     if gpu is None:
         parser.exit(1, "fuzzytok check: winners are measured on a GPU, and there is none\n")
+    if chosen.all:
+        return verify_all(gpu)
     winners = [entry for entry in _entries(gpu) if entry.config != default_config(entry.problem)]
     bad = 0
     with compilers(gpu) as compile, racer() as race:

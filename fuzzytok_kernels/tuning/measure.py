@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from fuzzytok_kernels import reference
-from fuzzytok_kernels.private_triton import KernelInterface
+from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources
 from fuzzytok_kernels.tuning import Config, force, timer
 from fuzzytok_kernels.tuning.compile import Resources
 from fuzzytok_kernels.tuning.problem import Problem
@@ -58,18 +58,39 @@ def race(device: int, job: Job, config: Config, used: Resources, shared_memory: 
         _end_if_lost()
 
 
+def verify(device: int, jobs: Sequence[Job], config: Config) -> list[float | None]:
+    """For each job the largest error of `config` as a share of what it may be; None if it asks for more than GPU number `device` has.
+
+    NaN for a result that was not written in full.
+    """
+    torch.cuda.set_device(device)
+    errors: list[float | None] = []
+    try:
+        for job in jobs:
+            launch = _Launch(device, job, cold=False)
+            try:
+                with _poisoned():
+                    launch.run(**config._asdict())
+                errors.append(launch.error())
+            except OutOfResources:
+                errors.append(None)
+    finally:
+        _end_if_lost()
+    return errors
+
+
 class _Launch(KernelInterface):
     """A whole launch, preparation and second stage included, as a kernel that `triton.autotune` can tune."""
 
     fn = staticmethod(run)
     arg_names: tuple = ()
 
-    def __init__(self, device: int, job: Job) -> None:
+    def __init__(self, device: int, job: Job, cold: bool = True) -> None:
         self.problem, self.dilation = job.problem, job.dilation
         where = f"cuda:{device}"
         first = arguments(job.problem, where, job.B, job.T)
-        n_bytes = 2 * sum(x.numel() * x.element_size() for x in first)
-        self.inputs = [first] + [arguments(job.problem, where, job.B, job.T) for _ in range(timer.copies(n_bytes) - 1)]
+        sets = timer.copies(2 * sum(x.numel() * x.element_size() for x in first)) if cold else 1
+        self.inputs = [first] + [arguments(job.problem, where, job.B, job.T) for _ in range(sets - 1)]
         self.turn = itertools.cycle(self.inputs)
         with strict_switch(self.problem):
             self.wanted = self._reference([x.double() for x in first])
@@ -88,9 +109,14 @@ class _Launch(KernelInterface):
         self.turn = itertools.cycle(self.inputs)
         with _poisoned():
             kernel_call()
-        if any(not _error(ours, wanted) <= bound for ours, wanted, bound in zip(self.results, self.wanted, self.bounds, strict=True)):
+        if not self.error() <= 1:
             return [math.inf] * len(quantiles)
         return [timer.microseconds([kernel_call] * max(8, len(self.inputs)), budget_ms=12.0)] * len(quantiles)
+
+    def error(self) -> float:
+        """Of the last results: the largest as a share of its bound, NaN before all others."""
+        shares = [_error(ours, wanted) / bound for ours, wanted, bound in zip(self.results, self.wanted, self.bounds, strict=True)]
+        return max(shares, key=lambda share: (math.isnan(share), share))
 
     def _reference(self, inputs: Any) -> tuple[Tensor, ...]:
         return run(self.problem, *inputs, self.dilation, backend=reference)

@@ -7,9 +7,8 @@ import math
 import os
 import statistics
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from filelock import FileLock
@@ -17,13 +16,12 @@ from tqdm import tqdm
 
 from fuzzytok_kernels.private_triton import GPUTarget
 from fuzzytok_kernels.tuning import Config, Problem
-from fuzzytok_kernels.tuning.compile import Resources
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.lookup import user_folder
 from fuzzytok_kernels.tuning.measure import Job
 from fuzzytok_kernels.tuning.space import candidates, default_config
 from fuzzytok_kernels.tuning.store import Entry, merge, path_of, read
-from fuzzytok_kernels.tuning.worker import Worker, WorkerError
+from fuzzytok_kernels.tuning.worker import Worker, WorkerError, pool
 
 MOST, MOST_QUICK = 10, 4  # candidates a problem
 LEAST_GAIN = 0.98  # a winner takes at most this share of the default's time; less is noise
@@ -111,22 +109,8 @@ def compilers(gpu: Gpu, spared: int = 2) -> Iterator[Callable[[Job, Config], Fut
     """
     nvidia = gpu.arch.startswith("sm")
     target = GPUTarget("cuda", int(gpu.arch[2:]), 32) if nvidia else GPUTarget("hip", gpu.arch, 64)
-    workers: list[Worker] = []
-    mine = threading.local()
-
-    def compile(job: Job, config: Config) -> Resources:
-        if not hasattr(mine, "worker"):
-            mine.worker = Worker("fuzzytok_kernels.tuning.compile:resources")
-            workers.append(mine.worker)
-        return mine.worker(job.problem, config, target, job.T)
-
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - spared))
-    try:
-        yield lambda job, config: pool.submit(compile, job, config)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for worker in workers:
-            worker.close()
+    with pool("fuzzytok_kernels.tuning.compile:resources", max(1, (os.cpu_count() or 2) - spared)) as submit:
+        yield lambda job, config: submit(job.problem, config, target, job.T)
 
 
 def _alone(gpu: Gpu) -> FileLock:

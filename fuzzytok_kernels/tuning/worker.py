@@ -3,10 +3,14 @@
 Not `multiprocessing`: its spawn runs the user's script again, and its fork does not survive CUDA.
 """
 
+import contextlib
 import importlib
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -70,6 +74,27 @@ class Worker:
         )
         theirs.close()
         return self._connection
+
+
+@contextlib.contextmanager
+def pool(function: str, processes: int) -> Iterator[Callable[..., Future]]:
+    """Calls `function` in as many processes at once, each call into a future. What has not begun at the end is cancelled."""
+    workers: list[Worker] = []
+    mine = threading.local()
+
+    def call(*args: Any) -> Any:
+        if not hasattr(mine, "worker"):
+            mine.worker = Worker(function)
+            workers.append(mine.worker)
+        return mine.worker(*args)
+
+    threads = ThreadPoolExecutor(processes)
+    try:
+        yield lambda *args: threads.submit(call, *args)
+    finally:
+        threads.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.close()
 
 
 def _serve(name: str, descriptor: int) -> None:

@@ -1,0 +1,69 @@
+"""`fuzzytok check --all`: every config that any problem could be given, verified on hostile shapes."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
+from fuzzytok_kernels.tuning.gpu import Gpu
+from fuzzytok_kernels.tuning.measure import Job
+from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, describable
+from fuzzytok_kernels.tuning.space import OPS, default_config, fitting
+from fuzzytok_kernels.tuning.worker import WorkerError, pool
+
+# B, T, C_in, C_out, K, dilation: no block divides them; T below the history; a dilation of all of T. Each row is compiled once.
+_SHAPES = (
+    ((2, 300, 272, 208, 3, 7), (3, 5, 272, 208, 3, 4), (1, 131, 272, 208, 3, 131)),
+    ((2, 300, 261, 202, 3, 7), (3, 5, 261, 202, 3, 4)),  # rows that no descriptor reads
+)
+
+
+def verify_all(gpu: Gpu) -> int:
+    """Print what is wrong, and how many were verified; 1 if any is wrong, else 0."""
+    verified, too_large, wrong = Counter[str](), 0, []
+    with pool("fuzzytok_kernels.tuning.measure:verify", max(1, (os.cpu_count() or 2) - 2)) as submit:
+        futures = [(jobs, config, submit(0, jobs, config)) for jobs, config in runs(gpu)]
+        for jobs, config, future in tqdm(futures, unit="config"):
+            try:
+                errors = future.result()
+            except WorkerError as reason:
+                wrong.append(f"FAILED  {reason}: {jobs} with {config}")
+                continue
+            for job, error in zip(jobs, errors, strict=True):
+                if error is None:
+                    too_large += 1
+                elif error <= 1:
+                    verified[job.problem.op] += 1
+                else:
+                    wrong.append(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
+    print("\n".join(wrong))
+    for op, count in verified.items():
+        print(f"{count:7,} runs right  {op}, {len(OPS[op].configs)} configs")
+    print(f"{sum(verified.values()):,} runs right on {gpu.name}, {len(wrong)} wrong; {too_large} asked for more than it has")
+    return 1 if wrong else 0
+
+
+def runs(gpu: Gpu) -> Iterator[tuple[list[Job], Config]]:
+    """Each config with each dtype and layout on each shape that it suits; the epilogues take turns, so that each meets every path."""
+    for op, (_, configs, epilogues) in OPS.items():
+        for number, config in enumerate(sorted({*configs, *_defaults(gpu, op)})):
+            for turn, (dtype, layout) in enumerate((dtype, layout) for dtype in DTYPES for layout in LAYOUTS):
+                for shapes in _SHAPES:
+                    jobs = [_job(gpu, op, dtype, layout, epilogues[(number + turn) % len(epilogues)], shape) for shape in shapes]
+                    if jobs := [job for job in jobs if fitting(job.problem, [config], gpu)]:
+                        yield jobs, config
+
+
+def _defaults(gpu: Gpu, op: str) -> set[Config]:
+    shapes = [shape for row in _SHAPES for shape in row]
+    kinds = [(dtype, layout, epilogue) for dtype in DTYPES for layout in LAYOUTS for epilogue in OPS[op].epilogues]
+    return {default_config(_job(gpu, op, *kind, shape).problem) for kind in kinds for shape in shapes}
+
+
+def _job(gpu: Gpu, op: str, dtype: str, layout: str, epilogue: str, shape: tuple[int, ...]) -> Job:
+    B, T, c_in, c_out, K, dilation = shape
+    size = 4 if dtype in ("tf32", "fp32") else 2
+    aligned = gpu.descriptors and describable(c_in, c_out, K, epilogue, size, T, dilation)
+    return Job(Problem(op, dtype, layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T)), B, T, dilation)

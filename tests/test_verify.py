@@ -1,0 +1,75 @@
+"""`fuzzytok check --all`: which runs it makes, and what it says of them. The runs themselves need a GPU."""
+
+import contextlib
+import itertools
+import math
+from concurrent.futures import Future
+
+import pytest
+from modes import needs_cuda
+
+pytest.importorskip("triton")
+from fuzzytok_kernels.cli import main
+from fuzzytok_kernels.tuning import check, verify
+from fuzzytok_kernels.tuning.gpu import Gpu
+from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS
+from fuzzytok_kernels.tuning.space import OPS, shared_memory, suits
+from fuzzytok_kernels.tuning.worker import WorkerError
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", "sm90", 132, 232_448)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_config_dtype_layout_and_epilogue(op):
+    found = [(job.problem, config) for jobs, config in verify.runs(H100) for job in jobs if job.problem.op == op]
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+        configs = {config for problem, config in found if (problem.dtype, problem.layout) == (dtype, layout)} & {*OPS[op].configs}
+        if dtype in ("bf16", "fp16") and layout == "last":
+            assert all(shared_memory(found[0][0], config) > H100.shared_memory for config in {*OPS[op].configs} - configs)
+        assert len(configs) > 0.6 * len(OPS[op].configs)  # the others are too wide for 32 bits, or for an epilogue through pointers
+    paths = {(problem.epilogue, config.path, problem.dtype) for problem, config in found}
+    assert paths == {(epilogue, path, dtype) for epilogue in OPS[op].epilogues for path in ("tma", "pointer") for dtype in DTYPES}
+    assert all(suits(config, problem) for problem, config in found)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "says"),
+    [
+        (lambda jobs: [0.5] * len(jobs), 0, "runs right on NVIDIA H100 80GB HBM3, 0 wrong; 0 asked"),
+        (lambda jobs: [None] * len(jobs), 0, "0 runs right on NVIDIA H100 80GB HBM3, 0 wrong; "),
+        (lambda jobs: [math.nan] * len(jobs), 1, "WRONG   nan of the allowed error: Job("),
+        (lambda jobs: [1.5] * len(jobs), 1, "WRONG   1.5 of the allowed error: Job("),
+        (WorkerError("the process died"), 1, "FAILED  the process died: [Job("),
+    ],
+    ids=["right", "too large", "NaN", "wrong", "crashed"],
+)
+def test_what_it_says(answer, status, says, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def pool(function, processes):
+        def submit(device, jobs, config):
+            future = Future()
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer(jobs))
+            return future
+
+        yield submit
+
+    monkeypatch.setattr(verify, "pool", pool)
+    monkeypatch.setattr(check.Gpu, "current", staticmethod(lambda device: H100))
+    assert main(["check", "--all"]) == status
+    assert says in capsys.readouterr().out
+
+
+@needs_cuda
+def test_a_wrong_result_is_told(monkeypatch):
+    """In this process, and with a launch that is off by a twentieth."""
+    from fuzzytok_kernels import launch
+    from fuzzytok_kernels.tuning import measure
+
+    jobs, config = next(iter(verify.runs(Gpu.current(0))))
+    assert all(error <= 1 for error in measure.verify(0, jobs, config))
+    right = getattr(launch, jobs[0].problem.op)
+    monkeypatch.setattr(launch, jobs[0].problem.op, lambda *args: right(*args) * 1.05)
+    assert all(error > 1 for error in measure.verify(0, jobs, config))
