@@ -7,7 +7,7 @@ template's divisibility), so that a GPU can run thousands of cases of a few hund
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import guards
@@ -234,7 +234,8 @@ def check(case: Case) -> None:
 
     new = Tensors(case)
     args = SUBJECTS[case.op].arguments(case, new)
-    with _precision(case.dtype), tuning.force(**CONFIGS[case.config]):
+    config = CONFIGS[case.config]
+    with precision(case.dtype), tuning.force(**config) if config else nullcontext():
         got = _run(case.op, args)
         new.inputs.check()
         _check_kinds(case, args, got)
@@ -338,7 +339,7 @@ def _check_reach(case: Case, args: tuple) -> None:
 
 
 @contextmanager
-def _precision(dtype: str) -> Iterator[None]:
+def precision(dtype: str) -> Iterator[None]:
     """PyTorch's switch, by its old name: it refuses to read that once the new one has been set."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"

@@ -44,7 +44,14 @@ def test_every_op_and_dtype_is_compiled(gpu):
     ],
 )
 def test_faults(gpu, used, fault):
-    assert matrix._faults(used, gpu) == ([fault] if fault else [])
+    assert matrix._faults(used, gpu, budget=32) == ([fault] if fault else [])
+
+
+@pytest.mark.parametrize(("installed", "budget"), [("3.6.0", 32), ("99.0", 512)])
+def test_the_budget_is_strict_under_the_triton_of_the_files(installed, budget, monkeypatch):
+    monkeypatch.setattr(matrix, "versions", lambda: {"triton": installed})
+    assert matrix._budget(SM80) == budget
+    assert matrix._budget(SM75) == 512
 
 
 def test_a_fault_is_told_and_makes_the_status(monkeypatch, capsys):
@@ -53,7 +60,7 @@ def test_a_fault_is_told_and_makes_the_status(monkeypatch, capsys):
     monkeypatch.setattr(matrix, "gpus", lambda: {SM80})
     monkeypatch.setattr(matrix, "_launches", lambda gpu: {launch})
     for used, status in ((GOOD, 0), (GOOD._replace(local=64), 1)):
-        monkeypatch.setattr(matrix, "_compiled", lambda gpu, launches, used=used: matrix.Row(gpu, [used], matrix._faults(used, gpu)))
+        monkeypatch.setattr(matrix, "_compiled", lambda gpu, launches, used=used: matrix.Row(gpu, [used], matrix._faults(used, gpu, 32)))
         assert matrix.main([]) == status
         assert f"| sm80 generic | 1 | 166,912 of 166,912 | 255 | {used.local} | mma 1 |" in capsys.readouterr().out
 
