@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-matrix test-oldest test-newest fuzz compile-matrix lint bench bench-check
+.PHONY: demo test test-gpu test-matrix test-oldest test-newest fuzz repeats soak sanitize compile-matrix lint bench bench-check
 
 # FILE and TEXT reach the shell as environment variables, unexpanded, so that no quoting and no $ can break them.
 override FILE := $(value FILE)
@@ -33,6 +33,10 @@ test-oldest test-newest: test-%: .venv-%/installed
 # Random problems against the reference, on the GPU: 20,000 of them, or as CASES has it.
 fuzz:
 	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) tests/fuzz.py $(if $(CASES),--cases $(CASES))
+
+# Also on the GPU: the same bits ten thousand times under load; 30,000 training steps; NVIDIA's memcheck, racecheck and initcheck.
+repeats soak sanitize:
+	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) tests/$@.py
 
 # Every kernel and shipped config, compiled for all GPUs without having them; MOST limits how many for each.
 compile-matrix: .venv/installed
