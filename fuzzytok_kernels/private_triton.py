@@ -13,7 +13,17 @@ from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import KernelInterface
 
-__all__ = ["DriverBase", "GPUTarget", "KernelInterface", "OutOfResources", "cuobjdump", "driver", "interprets", "launcher"]
+__all__ = [
+    "DriverBase",
+    "GPUTarget",
+    "KernelInterface",
+    "OutOfResources",
+    "before_each_load",
+    "cuobjdump",
+    "driver",
+    "interprets",
+    "launcher",
+]
 
 
 def launcher(compiled: Any, grid: tuple[int, int, int]) -> Callable:
@@ -32,3 +42,8 @@ def interprets() -> bool:
 def cuobjdump() -> str:
     """Where the cuobjdump is that comes with Triton."""
     return triton.knobs.nvidia.cuobjdump.path
+
+
+def before_each_load(hook: Callable[[dict[str, str]], None]) -> None:
+    """Have `hook` called before a compiled kernel is loaded, with the files of its stages by name, in place of any other such hook."""
+    triton.knobs.runtime.kernel_load_start_hook = lambda module, function, name, files, hash: hook(files)

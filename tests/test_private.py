@@ -145,7 +145,10 @@ assert warm[:3] == [7, 1, 1] and len(warm) == len(cold) and all(a is b or a == b
 
 
 def test_compiling_for_a_gpu_that_is_not_there():
-    """GPUTarget, DriverBase, driver and cuobjdump: without them `fuzzytok warmup` cannot compile ahead, nor leave out what spills."""
+    """GPUTarget, DriverBase, driver, cuobjdump: without them `fuzzytok warmup` cannot compile ahead, nor leave out what spills.
+
+    before_each_load: without it `make compile-matrix` cannot say which products run on tensor cores.
+    """
     pytest.importorskip("triton")
     run_python("""
 from fuzzytok_kernels.private_triton import GPUTarget
@@ -154,7 +157,7 @@ from fuzzytok_kernels.tuning.compile import resources
 from fuzzytok_kernels.tuning.space import default_config
 problem = Problem("causal_conv1d", "bf16", "last", True, "none", 1, 16, 16, 64)
 used = resources(problem, default_config(problem), GPUTarget("cuda", 90, 32))
-assert used.shared > 0 and used.registers > 0, used
+assert used.shared > 0 and used.registers > 0 and used.products == "mma", used
 """)
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from fuzzytok_kernels import support
-from fuzzytok_kernels.private_triton import DriverBase, GPUTarget, cuobjdump, driver
+from fuzzytok_kernels.private_triton import DriverBase, GPUTarget, before_each_load, cuobjdump, driver
 from fuzzytok_kernels.tuning import Config, Problem, force
 from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
 
@@ -41,7 +41,7 @@ def resources(problem: Problem, config: Config, target: GPUTarget, T: int = 64) 
     """
     pretended = _Pretended(target)
     driver.set_active(pretended)
-    triton.knobs.runtime.kernel_load_start_hook = pretended.keep_assembly
+    before_each_load(pretended.keep_assembly)
     support.cpu_facts = support.Facts(
         multiprocessors=128, descriptors=target.backend == "cuda" and target.arch >= 90, tf32=target.backend == "cuda"
     )
@@ -90,8 +90,8 @@ class _Pretended(DriverBase):
     def launcher_cls(self, src: object, metadata: object) -> Callable:
         return lambda *args: None
 
-    def keep_assembly(self, module: object, function: object, name: str, files: dict[str, str], hash: str) -> None:
-        """Triton's hook before a kernel is loaded; `files` are the stages of its compilation."""
+    def keep_assembly(self, files: dict[str, str]) -> None:
+        """Read that of the kernel that is loaded next from `files`, the stages of its compilation by name."""
         (path,) = (path for file, path in files.items() if file.endswith((".ptx", ".amdgcn")))
         self.assembly = Path(path).read_text("utf-8")
 
