@@ -19,7 +19,9 @@ from typing import Any
 
 import cases
 import torch
+import verdicts
 from hypothesis import HealthCheck, given, seed, settings
+from modes import DEVICE, ON_CUDA
 from tqdm import tqdm
 
 from fuzzytok_kernels.tuning.worker import Worker, WorkerError
@@ -37,11 +39,11 @@ def main() -> int:
     parser.add_argument("--case", type=cases.from_text, help="run this one alone")
     chosen = parser.parse_args()
     if chosen.case:
-        cases.check(chosen.case)
+        verdicts.check(chosen.case)
         print("passed")
         return 0
     templates = list(_templates(random.Random(chosen.seed), -(-chosen.cases // EACH)))
-    print(f"seed {chosen.seed}: {len(templates)} templates, {EACH} cases each, on {cases.DEVICE}", flush=True)
+    print(f"seed {chosen.seed}: {len(templates)} templates, {EACH} cases each, on {DEVICE}", flush=True)
     passed, failures, started = collections.Counter(), [], time.monotonic()
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 2)) as pool:
         futures = {pool.submit(_in_a_process, template, chosen.seed + i): template for i, template in enumerate(templates)}
@@ -69,7 +71,7 @@ def run_template(template: dict[str, Any], start: int) -> tuple[int, str | None]
         nonlocal passed, failed, lost
         assert not lost, "nothing can be said without a context"
         try:
-            cases.check(case)
+            verdicts.check(case)
         except Exception as error:
             lost = _context_is_lost()
             failed = f"FAILED {type(error).__name__}: {str(error).partition(chr(10))[0]}\n    --case '{case}'"
@@ -86,7 +88,7 @@ def run_template(template: dict[str, Any], start: int) -> tuple[int, str | None]
 
 def _context_is_lost() -> bool:
     try:
-        if cases.ON_CUDA:
+        if ON_CUDA:
             torch.cuda.synchronize()
     except RuntimeError:
         return True
@@ -98,7 +100,7 @@ def _templates(draw: random.Random, count: int) -> Any:
     configured = len(cases.CONFIGS)
     for _, op in zip(range(count), _forever(cases.SUBJECTS), strict=False):
         template = {name: draw.choice(values) for name, values in cases.choices(op).items()}
-        if cases.ON_CUDA:  # what the look-up says hangs on the sizes, and each answer is another kernel to compile
+        if ON_CUDA:  # what the look-up says hangs on the sizes, and each answer is another kernel to compile
             template["config"] = draw.randrange(1, configured)
         yield template
 
@@ -115,7 +117,7 @@ def _in_a_process(template: dict[str, Any], start: int) -> tuple[int, str | None
     if not hasattr(_mine, "worker"):
         _mine.worker = Worker("fuzz:run_template")
     passed, failed = _mine.worker(template, start)
-    if failed and cases.ON_CUDA:
+    if failed and ON_CUDA:
         _mine.worker.close()  # its context may be lost
     return passed, failed
 

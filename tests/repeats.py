@@ -13,6 +13,7 @@ import time
 
 import cases
 import torch
+import verdicts
 from torch import Tensor
 
 _PROCESSES, _IN_EACH = 3, 100  # others, and how often they repeat
@@ -44,7 +45,7 @@ def _repeated(times: int) -> tuple[dict[str, str], list[str]]:
     for case in _cases():
         args = cases.SUBJECTS[case.op].arguments(case, cases.Tensors(case))
         op = getattr(torch.ops.fuzzytok, case.op).default
-        with cases.precision(case.dtype):
+        with verdicts.precision(case.dtype):
             first = _bits(op(*args))
             off = torch.zeros((), dtype=torch.bool, device="cuda")
             for i in range(times):

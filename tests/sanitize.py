@@ -17,6 +17,7 @@ import cases
 import torch
 import triton
 import triton.language as tl
+import verdicts
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 _EACH = 6  # problems an op
@@ -80,7 +81,7 @@ def _run_ops() -> int:
     for case in _cases():
         args = cases.SUBJECTS[case.op].arguments(case, cases.Tensors(case))
         args = tuple(arg.clone(memory_format=torch.preserve_format) if isinstance(arg, torch.Tensor) else arg for arg in args)  # no zones
-        with cases.precision(case.dtype), tuning.force(**cases.CONFIGS[case.config]):
+        with verdicts.precision(case.dtype), tuning.force(**cases.CONFIGS[case.config]):
             getattr(torch.ops.fuzzytok, case.op).default(*args)
     torch.cuda.synchronize()
     print("ran to its end")

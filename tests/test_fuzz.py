@@ -4,6 +4,7 @@ import math
 
 import cases
 import pytest
+import verdicts
 from hypothesis import HealthCheck, Phase, find, given, settings
 from modes import INTERPRETED, needs_kernels
 
@@ -24,7 +25,7 @@ def test_any_case(op, strict):
     @settings(max_examples=EXAMPLES, **QUIET)
     @given(case=cases.any_case(op))
     def check(case):
-        cases.check(case)
+        verdicts.check(case)
 
     check()
 
@@ -104,7 +105,7 @@ def test_the_check_finds(fault, message, strict, monkeypatch):
         return y
 
     case = CASE._replace(spoilt=math.nan)
-    cases.check(case)
+    verdicts.check(case)
     monkeypatch.setattr(launch, "causal_conv1d", wrong)
     with pytest.raises(AssertionError, match=message):
-        cases.check(case)
+        verdicts.check(case)

@@ -1,0 +1,177 @@
+"""The check of a case of cases.py: the error rule of oracle.py, metadata, guard zones, and how far a NaN gets."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import guards
+import torch
+from cases import CONFIGS, SUBJECTS, Case, Tensors
+from modes import KERNELS_RUN, ON_CUDA
+from oracle import poisoned
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fuzzytok_kernels import reference
+from fuzzytok_kernels.reference import GATES
+
+
+def check(case: Case) -> None:
+    """Raise AssertionError unless the op gives what the reference in fp64 does, and touches nothing else."""
+    from fuzzytok_kernels import tuning
+
+    new = Tensors(case)
+    args = SUBJECTS[case.op].arguments(case, new)
+    config = CONFIGS[case.config]
+    with precision(case.dtype), tuning.force(**config) if config else nullcontext():
+        got = _run(case.op, args)
+        new.inputs.check()
+        _check_kinds(case, args, got)
+        _check_values(case, args, got)
+        # PyTorch's bf16 convolution on a CPU (oneDNN's) carries NaN one step back where there is one channel.
+        if case.spoilt is not None and case.B and case.T and (KERNELS_RUN or case.dtype != "bf16"):
+            _check_reach(case, args)
+
+
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """PyTorch's switch, by its old name: it refuses to read that once the new one has been set."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _run(op: str, args: tuple) -> tuple[Tensor, ...]:
+    """The results, once they are the same bits through the dispatcher as on guarded memory."""
+    if not KERNELS_RUN:
+        with poisoned():
+            return _tuple(_op(op)(*args))
+    from fuzzytok_kernels import launch
+
+    with guards.Allocations() as allocations:
+        got = _tuple(getattr(launch, op)(*args))
+    if any(value.numel() for value in got):
+        allocations.check()
+    if ON_CUDA:
+        for one, other in zip(_tuple(_op(op)(*args)), got, strict=True):
+            assert one.stride() == other.stride() and torch.equal(one, other), "the op itself gave other bits or strides"
+    return got
+
+
+def _check_kinds(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
+    with FakeTensorMode() as mode:
+        fakes: dict[int, Any] = {}
+        for arg in args:
+            fakes.setdefault(id(arg), mode.from_tensor(arg) if isinstance(arg, Tensor) else arg)
+        wanted = _tuple(_op(case.op)(*(fakes[id(arg)] for arg in args)))
+    for ours, fake in zip(got, wanted, strict=True):
+        kinds = [(tuple(value.shape), value.stride(), value.dtype) for value in (ours, fake)]
+        assert kinds[0] == kinds[1], f"{kinds[0]}, where its fake has {kinds[1]}"
+
+
+# ---- values
+
+
+def _check_values(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
+    """At most twice the error that PyTorch makes in this dtype, beside what the accumulator's rounding can do.
+
+    Under TF32 PyTorch's error is that of operands rounded to it: cuDNN rounds for some shapes only.
+    """
+    op = getattr(reference, case.op)
+    wide = _mapped(args, Tensor.double)
+    want = _tuple(op(*wide))
+    torchs = _tuple(op(*_rounded(case.op, args)) if case.dtype == "tf32" else op(*args))
+    for number, (ours, exact, own, slack) in enumerate(zip(got, want, torchs, _slack(case, wide, want), strict=True)):
+        for norm in (float("inf"), 2.0):
+            error, allowed = _norm(ours - exact, norm), 2 * _norm(own - exact, norm) + _norm(slack, norm)
+            assert error <= allowed, f"result {number}: {norm}-norm of the error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _slack(case: Case, wide: tuple, want: tuple[Tensor, ...]) -> list[Tensor]:
+    """What an accumulator may do: eight units of its precision and one for every eight terms, of the sum of the terms' sizes.
+
+    Tensor cores cut off where others round, so that errors do not cancel. Behind an activation: how far that much moves the result.
+    """
+    terms = case.B * case.T if case.op == "causal_conv1d_weight_grad" else case.K * max(case.c_in, case.c_out)
+    unit = torch.finfo(torch.float64 if case.dtype == "fp64" else torch.float32).eps * (8 + terms / 8)
+    named = dict(zip(_names(case.op), wide, strict=True))
+    if "activation" not in named:
+        return [unit * value for value in _tuple(getattr(reference, case.op)(*_mapped(wide, Tensor.abs)))]
+    plain = [
+        {"activation": "none", "residual": None}.get(name, named.get(name)) for name in _names("causal_conv1d_fused")
+    ]  # of the pre-activation
+    p, moved = reference.causal_conv1d_fused(*plain), unit * reference.causal_conv1d_fused(*_mapped(plain, Tensor.abs))
+    halves = 2 if case.activation in GATES else 1
+    slack = unit * want[0].abs()
+    for signs in itertools.product((1.0, -1.0), repeat=halves):
+        sign = torch.tensor(signs, dtype=p.dtype, device=p.device).repeat_interleave(p.shape[1] // halves)[:, None]
+        slack = torch.maximum(slack, unit * want[0].abs() + (_bent(named, p + sign * moved) - want[0]).abs())
+    return [slack]
+
+
+def _bent(named: dict[str, Any], p: Tensor) -> Tensor:
+    if "grad_y" in named:
+        return reference.activation_grad(named["grad_y"], p, named["activation"])
+    return reference.activated(p, named["residual"], named["activation"])
+
+
+def _rounded(op: str, args: tuple) -> tuple:
+    """In fp64, what the products read rounded to the nearest TF32; a bias, a residual and a grad_y that only scales stay as they are."""
+    products = {"x", "weight", "initial_state"} | ({"grad_y"} if "activation" not in _names(op) else set())
+    rounded = [_nearest_tf32(arg) if name in products and arg is not None else arg for name, arg in zip(_names(op), args, strict=True)]
+    return _mapped(rounded, Tensor.double)
+
+
+def _nearest_tf32(x: Tensor) -> Tensor:
+    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+def _norm(value: Tensor, norm: float) -> float:
+    return torch.linalg.vector_norm(value.double(), norm).item() if value.numel() else 0.0
+
+
+# ---- how far a NaN gets
+
+
+def _check_reach(case: Case, args: tuple) -> None:
+    """NaN or infinity at one step changes no bit of what that step does not reach; NaN arrives at all that it does.
+
+    But for the derivative of ReLU, which at NaN is 1, as PyTorch has it.
+    """
+    subject = SUBJECTS[case.op]
+    given = args[_names(case.op).index(subject.spoilt)]
+    clean = given.clone(memory_format=torch.preserve_format)
+    spoilt, t, c = clean.clone(), case.seed % case.T, case.seed % clean.shape[1]
+    spoilt[0, c, t] = case.spoilt
+
+    def run_with(x: Tensor) -> tuple[Tensor, ...]:
+        return _run(case.op, tuple(x if arg is given else arg for arg in args))
+
+    nan_arrives = case.spoilt != case.spoilt and (case.op, case.activation) != ("causal_conv1d_activation_grad", "relu")
+    for before, after, (may, must) in zip(run_with(clean), run_with(spoilt), subject.reach(case, t, c), strict=True):
+        where = f"{case.spoilt} at step {t} of channel {c}"
+        assert torch.equal(torch.where(may, 0, before), torch.where(may, 0, after)), f"{where} reached more than it may"
+        assert not nan_arrives or torch.where(must, after, torch.nan).isnan().all(), f"{where} was lost"
+
+
+# ---- small things
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.fuzzytok, name).default
+
+
+def _names(op: str) -> list[str]:
+    return [argument.name for argument in _op(op)._schema.arguments]
+
+
+def _mapped(args: Any, function: Callable[[Tensor], Tensor]) -> tuple:
+    return tuple(function(arg) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def _tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
