@@ -206,6 +206,7 @@ class Subject(NamedTuple):
     choices: dict[str, tuple]  # in place of _COMMON's
     spoilt: str  # which argument is spoilt, at one step and channel of its first row
     reach: Callable[[Case, int, int], Reach]  # and how far that step and channel reach
+    room: str = "fuzzytok_kernels"  # the package that has its `launch` and `reference`
 
 
 _BENT = tuple(name for name in ACTIVATIONS if name != "none")
@@ -216,3 +217,4 @@ SUBJECTS = {
     "causal_conv1d_input_grad": Subject(_input_grad, {"bias": ("none",), "residual": ("none", "another", "x itself")}, "grad_y", _earlier),
     "causal_conv1d_weight_grad": Subject(_weight_grad, {"bias": ("none",), "weight": ("contiguous",)}, "x", _its_channel),
 }
+NOT_DRAWN: dict[str, str] = {}  # ops of another kind, and the file whose tests try them

@@ -31,7 +31,8 @@ def test_any_case(op, strict):
 
 
 def test_every_op_has_a_subject():
-    assert set(cases.SUBJECTS) == set(CHECKS)
+    assert {*cases.SUBJECTS, *cases.NOT_DRAWN} == {*CHECKS}
+    assert not {*cases.SUBJECTS} & {*cases.NOT_DRAWN}
 
 
 def test_a_case_is_one_line_and_back():

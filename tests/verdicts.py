@@ -1,5 +1,6 @@
 """The check of a case of cases.py: the error rule of oracle.py, metadata, guard zones, and how far a NaN gets."""
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,17 +50,27 @@ def _run(op: str, args: tuple) -> tuple[Tensor, ...]:
     """The results, once they are the same bits through the dispatcher as on guarded memory."""
     if not KERNELS_RUN:
         with poisoned():
-            return _tuple(_op(op)(*args))
-    from fuzzytok_kernels import launch
-
+            return _call(_op(op), op, args)
     with guards.Allocations() as allocations:
-        got = _tuple(getattr(launch, op)(*args))
+        got = _call(_of_room("launch", op), op, args)
     if any(value.numel() for value in got):
         allocations.check()
     if ON_CUDA:
-        for one, other in zip(_tuple(_op(op)(*args)), got, strict=True):
+        for one, other in zip(_call(_op(op), op, args), got, strict=True):
             assert one.stride() == other.stride() and torch.equal(one, other), "the op itself gave other bits or strides"
     return got
+
+
+def _call(function: Callable, op: str, args: tuple) -> tuple[Tensor, ...]:
+    """What `function` returns, and behind it what it writes in place, for which it gets copies."""
+    written = [i for i, argument in enumerate(_op(op)._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
+    args = tuple(arg.clone(memory_format=torch.preserve_format) if i in written else arg for i, arg in enumerate(args))
+    return *_tuple(function(*args)), *(args[i] for i in written)
+
+
+def _of_room(file: str, op: str) -> Callable:
+    """The function of an op in the `file` (launch or reference) of its room."""
+    return getattr(importlib.import_module(f"{SUBJECTS[op].room}.{file}"), op)
 
 
 def _check_kinds(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
@@ -68,7 +79,7 @@ def _check_kinds(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
         for arg in args:
             fakes.setdefault(id(arg), mode.from_tensor(arg) if isinstance(arg, Tensor) else arg)
         wanted = _tuple(_op(case.op)(*(fakes[id(arg)] for arg in args)))
-    for ours, fake in zip(got, wanted, strict=True):
+    for ours, fake in zip(got, wanted, strict=False):  # what was written in place comes behind
         kinds = [(tuple(value.shape), value.stride(), value.dtype) for value in (ours, fake)]
         assert kinds[0] == kinds[1], f"{kinds[0]}, where its fake has {kinds[1]}"
 
@@ -81,10 +92,12 @@ def _check_values(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
 
     Under TF32 PyTorch's error is that of operands rounded to it: cuDNN rounds for some shapes only.
     """
-    op = getattr(reference, case.op)
+
+    def expected(args: tuple) -> tuple[Tensor, ...]:
+        return _call(_of_room("reference", case.op), case.op, args)
+
     wide = _mapped(args, Tensor.double)
-    want = _tuple(op(*wide))
-    torchs = _tuple(op(*_rounded(case.op, args)) if case.dtype == "tf32" else op(*args))
+    want, torchs = expected(wide), expected(_rounded(case.op, args) if case.dtype == "tf32" else args)
     for number, (ours, exact, own, slack) in enumerate(zip(got, want, torchs, _slack(case, wide, want), strict=True)):
         for norm in (float("inf"), 2.0):
             error, allowed = _norm(ours - exact, norm), 2 * _norm(own - exact, norm) + _norm(slack, norm)
@@ -100,17 +113,17 @@ def _slack(case: Case, wide: tuple, want: tuple[Tensor, ...]) -> list[Tensor]:
     unit = torch.finfo(torch.float64 if case.dtype == "fp64" else torch.float32).eps * (8 + terms / 8)
     named = dict(zip(_names(case.op), wide, strict=True))
     if "activation" not in named:
-        return [unit * value for value in _tuple(getattr(reference, case.op)(*_mapped(wide, Tensor.abs)))]
-    plain = [
-        {"activation": "none", "residual": None}.get(name, named.get(name)) for name in _names("causal_conv1d_fused")
-    ]  # of the pre-activation
-    p, moved = reference.causal_conv1d_fused(*plain), unit * reference.causal_conv1d_fused(*_mapped(plain, Tensor.abs))
+        return [unit * value for value in _call(_of_room("reference", case.op), case.op, _mapped(wide, Tensor.abs))]
+    base = "causal_conv1d_fused" if "grad_y" in named else case.op  # which without an activation gives what is before it
+    plain = [{"activation": "none", "residual": None}.get(name, named.get(name)) for name in _names(base)]
+    p, *written = _call(_of_room("reference", base), base, tuple(plain))
+    moved = unit * _call(_of_room("reference", base), base, _mapped(plain, Tensor.abs))[0]
     halves = 2 if case.activation in GATES else 1
     slack = unit * want[0].abs()
     for signs in itertools.product((1.0, -1.0), repeat=halves):
         sign = torch.tensor(signs, dtype=p.dtype, device=p.device).repeat_interleave(p.shape[1] // halves)[:, None]
         slack = torch.maximum(slack, unit * want[0].abs() + (_bent(named, p + sign * moved) - want[0]).abs())
-    return [slack]
+    return [slack, *map(torch.zeros_like, written)]
 
 
 def _bent(named: dict[str, Any], p: Tensor) -> Tensor:
