@@ -115,7 +115,7 @@ _mine = threading.local()
 
 def _in_a_process(template: dict[str, Any], start: int) -> tuple[int, str | None]:
     if not hasattr(_mine, "worker"):
-        _mine.worker = Worker("fuzz:run_template")
+        _mine.worker = Worker("fuzz:run_template", timeout=300)
     passed, failed = _mine.worker(template, start)
     if failed and ON_CUDA:
         _mine.worker.close()  # its context may be lost
