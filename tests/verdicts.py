@@ -64,8 +64,13 @@ def _run(op: str, args: tuple) -> tuple[Tensor, ...]:
 def _call(function: Callable, op: str, args: tuple) -> tuple[Tensor, ...]:
     """What `function` returns, and behind it what it writes in place, for which it gets copies."""
     written = [i for i, argument in enumerate(_op(op)._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
-    args = tuple(arg.clone(memory_format=torch.preserve_format) if i in written else arg for i, arg in enumerate(args))
+    args = tuple(_copy(arg) if i in written else arg for i, arg in enumerate(args))
     return *_tuple(function(*args)), *(args[i] for i in written)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """In fresh memory, which may be guarded, and with the strides of x."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _of_room(file: str, op: str) -> Callable:
