@@ -4,13 +4,14 @@ import math
 
 import cases
 import pytest
+import torch
 import verdicts
 from hypothesis import HealthCheck, Phase, find, given, settings
-from modes import INTERPRETED, needs_kernels
+from modes import INTERPRETED, ON_CUDA, needs_kernels
 
 from fuzzytok_kernels.checks import CHECKS
 
-EXAMPLES = 24 if INTERPRETED else 60
+EXAMPLES = 8 if ON_CUDA else 24 if INTERPRETED else 60  # on a GPU each is compiled, and `make fuzz` draws thousands
 QUIET = dict(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 CASE = cases.Case(
@@ -108,5 +109,15 @@ def test_the_check_finds(fault, message, strict, monkeypatch):
     case = CASE._replace(spoilt=math.nan)
     verdicts.check(case)
     monkeypatch.setattr(launch, "causal_conv1d", wrong)
+    monkeypatch.setattr(verdicts, "_check_the_op_itself", lambda *args: None)  # it calls what is not wrong
     with pytest.raises(AssertionError, match=message):
         verdicts.check(case)
+
+
+@needs_kernels
+def test_the_check_calls_the_op_itself(strict, monkeypatch):
+    """On a GPU, where it costs little: the bits must be those of the launcher, a NaN's too."""
+    monkeypatch.setattr(verdicts, "ON_CUDA", True)
+    verdicts.check(CASE._replace(spoilt=math.nan))
+    with pytest.raises(AssertionError, match="the op itself gave other bits"):
+        verdicts._check_the_op_itself("causal_conv1d", (torch.ones(1, 1, 2), torch.ones(1, 1, 1)), (torch.zeros(1, 1, 2),))
