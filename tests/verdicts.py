@@ -153,8 +153,8 @@ def _nearest_tf32(x: Tensor) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """As bytes, so that a NaN equals itself."""
-    return x.contiguous().view(torch.uint8)
+    """As integers, so that a NaN equals itself."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 
 def _norm(value: Tensor, norm: float) -> float:
