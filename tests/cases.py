@@ -5,6 +5,7 @@ template's divisibility), so that a GPU can run thousands of cases of a few hund
 """
 
 import json
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ _COMMON: dict[str, tuple] = {
     "bias": ("contiguous", "every second", "none"),
     "activation": ("none",),
     "residual": ("none",),
+    "packed": (False,),
+    "state": (False,),
     "K": (1, 2, 3, 3, 4, 7),
     "c_in": tuple(GROUPS),
     "channels": tuple(GROUPS),
@@ -68,6 +71,8 @@ class Case(NamedTuple):
     bias: str
     activation: str
     residual: str
+    packed: bool  # whether the row is several sequences, end to end
+    state: bool  # whether each sequence has an initial state
     K: int
     config: int  # of CONFIGS
     c_in: int
@@ -81,6 +86,17 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         """What `fuzz.py --case` takes."""
         return json.dumps(self._asdict())
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Of the sequences that lie end to end: up to five, some of them empty."""
+        inner = random.Random(self.seed)
+        return sorted([0, self.T, *(inner.randint(0, self.T) for _ in range(inner.randrange(5)))])
+
+    def sequence_of(self, t: int) -> range:
+        """The steps of the sequence that has step t."""
+        ends = [0, self.T] if not self.packed else self.boundaries
+        return range(max(end for end in ends if end <= t), min(end for end in ends if end > t))
 
     @property
     def c_out(self) -> int:
@@ -105,8 +121,8 @@ def sizes(template: dict[str, Any]) -> st.SearchStrategy[Case]:
     return st.builds(
         Case,
         **{**fixed, **drawn},
-        B=st.integers(0, 4),
-        d=st.one_of(st.integers(1, 9), st.sampled_from((64, 640, 2**31 - 1, 2**40))),
+        B=st.just(1) if template["packed"] else st.integers(0, 4),
+        d=st.integers(1, 9) if template["state"] else st.one_of(st.integers(1, 9), st.sampled_from((64, 640, 2**31 - 1, 2**40))),
         spoilt=st.sampled_from((None, None, float("nan"), float("inf"))),
         seed=st.integers(0, 2**16),
     )
@@ -144,6 +160,16 @@ class Tensors:
             return x
         return None if self.case.residual == "none" else self.sequence("residual", channels, self.case.others)
 
+    def sequences(self) -> tuple[Tensor | None, Tensor | None]:
+        """initial_state and cu_seqlens."""
+        case = self.case
+        rows = len(case.boundaries) - 1 if case.packed else case.B
+        shape = rows, case.c_in, (case.K - 1) * case.d
+        return self._new("initial_state", shape, LAYOUTS[case.others]) if case.state else None, self.cu_seqlens()
+
+    def cu_seqlens(self) -> Tensor | None:
+        return torch.tensor(self.case.boundaries, dtype=torch.int32, device=DEVICE) if self.case.packed else None
+
     def _new(self, name: str, shape: tuple[int, ...], layout: Callable[..., tuple], scale: float = 1.0) -> Tensor:
         strides, offset = layout(*shape)
         base = [1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True)]
@@ -157,33 +183,34 @@ def _forward(case: Case, new: Tensors) -> tuple:
 
 def _fused(case: Case, new: Tensors) -> tuple:
     x, weight, bias, d = _forward(case, new)
-    return x, weight, bias, new.residual(x, case.channels), d, case.activation
+    return x, weight, bias, new.residual(x, case.channels), *new.sequences(), d, case.activation
 
 
 def _activation_grad(case: Case, new: Tensors) -> tuple:
     grad_y = new.sequence("grad_y", case.channels, case.layout)
     x = new.sequence("x", case.c_in, case.others)
-    return grad_y, x, new.weight(), new.bias(), case.d, case.activation
+    return grad_y, x, new.weight(), new.bias(), *new.sequences(), case.d, case.activation
 
 
 def _input_grad(case: Case, new: Tensors) -> tuple:
     grad_y = new.sequence("grad_y", case.c_out, case.layout)
-    return grad_y, new.weight(), case.d, new.residual(grad_y, case.c_in)
+    return grad_y, new.weight(), case.d, new.residual(grad_y, case.c_in), new.cu_seqlens()
 
 
 def _weight_grad(case: Case, new: Tensors) -> tuple:
-    return new.sequence("grad_y", case.c_out, case.layout), new.sequence("x", case.c_in, case.others), case.K, case.d
+    grad_y, x = new.sequence("grad_y", case.c_out, case.layout), new.sequence("x", case.c_in, case.others)
+    return grad_y, x, case.K, case.d, new.cu_seqlens()
 
 
 Reach = list[tuple[Tensor, Tensor]]  # for each result a mask of what a spoilt value may reach, and one of what NaN must
 
 
 def _later(case: Case, t: int, c: int) -> Reach:
-    return _steps(case, range(t, case.T, case.d))
+    return _steps(case, range(t, case.sequence_of(t).stop, case.d))
 
 
 def _earlier(case: Case, t: int, c: int) -> Reach:
-    return _steps(case, range(t, -1, -case.d))
+    return _steps(case, range(t, case.sequence_of(t).start - 1, -case.d))
 
 
 def _steps(case: Case, steps: range) -> Reach:
@@ -210,11 +237,18 @@ class Subject(NamedTuple):
 
 
 _BENT = tuple(name for name in ACTIVATIONS if name != "none")
+_SEQUENCES = {"packed": (False, False, True), "state": (False, False, True)}
 SUBJECTS = {
     "causal_conv1d": Subject(_forward, {}, "x", _later),
-    "causal_conv1d_fused": Subject(_fused, {"activation": tuple(ACTIVATIONS), "residual": ("another", "x itself", "none")}, "x", _later),
-    "causal_conv1d_activation_grad": Subject(_activation_grad, {"activation": _BENT}, "x", _later),
-    "causal_conv1d_input_grad": Subject(_input_grad, {"bias": ("none",), "residual": ("none", "another", "x itself")}, "grad_y", _earlier),
-    "causal_conv1d_weight_grad": Subject(_weight_grad, {"bias": ("none",), "weight": ("contiguous",)}, "x", _its_channel),
+    "causal_conv1d_fused": Subject(
+        _fused, {"activation": tuple(ACTIVATIONS), "residual": ("another", "x itself", "none"), **_SEQUENCES}, "x", _later
+    ),
+    "causal_conv1d_activation_grad": Subject(_activation_grad, {"activation": _BENT, **_SEQUENCES}, "x", _later),
+    "causal_conv1d_input_grad": Subject(
+        _input_grad, {"bias": ("none",), "residual": ("none", "another", "x itself"), "packed": (False, True)}, "grad_y", _earlier
+    ),
+    "causal_conv1d_weight_grad": Subject(
+        _weight_grad, {"bias": ("none",), "weight": ("contiguous",), "packed": (False, True)}, "x", _its_channel
+    ),
 }
 NOT_DRAWN: dict[str, str] = {}  # ops of another kind, and the file whose tests try them

@@ -64,8 +64,8 @@ def _repeated(times: int) -> tuple[dict[str, str], list[str]]:
 
 def _cases() -> list[cases.Case]:
     common = dict(
-        others="channels-last", weight="tap-major", bias="contiguous", residual="none", K=3, config=0, c_in=128, channels=128, T=1000, B=8,
-        d=4, spoilt=None, seed=0,
+        others="channels-last", weight="tap-major", bias="contiguous", residual="none", packed=False, state=False, K=3, config=0,
+        c_in=128, channels=128, T=1000, B=8, d=4, spoilt=None, seed=0,
     )  # fmt: skip
     return [
         cases.Case(op=op, dtype=dtype, layout=layout, activation=cases.choices(op)["activation"][-1], **common)

@@ -16,7 +16,7 @@ QUIET = dict(deadline=None, database=None, derandomize=True, suppress_health_che
 
 CASE = cases.Case(
     op="causal_conv1d", dtype="fp16", layout="channels-last", others="channels-last", weight="contiguous", bias="contiguous",
-    activation="none", residual="none", K=3, config=1, c_in=16, channels=8, T=21, B=2, d=2, spoilt=None, seed=5,
+    activation="none", residual="none", packed=False, state=False, K=3, config=1, c_in=16, channels=8, T=21, B=2, d=2, spoilt=None, seed=5,
 )  # fmt: skip
 
 
