@@ -146,8 +146,11 @@ class Tensors:
     def sequence(self, name: str, channels: int, layout: str) -> Tensor:
         return self._new(name, (self.case.B, channels, self.case.T), LAYOUTS[layout])
 
-    def weight(self) -> Tensor:
-        case = self.case
+    def matrix(self, name: str, rows: int, columns: int) -> Tensor:
+        return self._new(name, (rows, columns), lambda rows, columns: ((columns, 1), 0))
+
+    def weight(self, c_in: int | None = None) -> Tensor:
+        case = self.case if c_in is None else self.case._replace(c_in=c_in)
         layout = WEIGHT_LAYOUTS.get(case.weight, LAYOUTS[_CONTIGUOUS])
         return self._new("weight", (case.c_out, case.c_in, case.K), layout, (case.c_in * case.K) ** -0.5)
 
@@ -184,6 +187,14 @@ def _forward(case: Case, new: Tensors) -> tuple:
 def _fused(case: Case, new: Tensors) -> tuple:
     x, weight, bias, d = _forward(case, new)
     return x, weight, bias, new.residual(x, case.channels), *new.sequences(), d, case.activation
+
+
+def _bytes(case: Case, new: Tensors) -> tuple:
+    """The config, which none is stored for, says which of its two dtypes the ids have."""
+    dtype = (torch.uint8, torch.int64)[case.config % 2]
+    ids = torch.randint(256, (case.B, case.T), device=DEVICE).to(dtype)
+    embedding, weight = new.matrix("embedding", 256, case.channels), new.weight(case.channels)
+    return ids, embedding, weight, new.bias(), case.d, case.activation, new.cu_seqlens()
 
 
 def _activation_grad(case: Case, new: Tensors) -> tuple:
@@ -231,9 +242,10 @@ class Subject(NamedTuple):
 
     arguments: Callable[[Case, Tensors], tuple]
     choices: dict[str, tuple]  # in place of _COMMON's
-    spoilt: str  # which argument is spoilt, at one step and channel of its first row
-    reach: Callable[[Case, int, int], Reach]  # and how far that step and channel reach
-    room: str = "fuzzytok_kernels"  # the package that has its `launch` and `reference`
+    spoilt: str | None = None  # which argument is spoilt, at one step and channel of its first row
+    reach: Callable[[Case, int, int], Reach] | None = None  # and how far that step and channel reach
+    launch: str = "fuzzytok_kernels.launch"  # the modules that have the op's functions
+    reference: str = "fuzzytok_kernels.reference"
 
 
 _BENT = tuple(name for name in ACTIVATIONS if name != "none")
@@ -247,8 +259,11 @@ SUBJECTS = {
     "causal_conv1d_input_grad": Subject(
         _input_grad, {"bias": ("none",), "residual": ("none", "another", "x itself"), "packed": (False, True)}, "grad_y", _earlier
     ),
+    "byte_causal_conv1d": Subject(
+        _bytes, {"activation": tuple(ACTIVATIONS), "packed": (False, True)}, launch="fuzzytok_kernels.byte_launch"
+    ),
     "causal_conv1d_weight_grad": Subject(
         _weight_grad, {"bias": ("none",), "weight": ("contiguous",), "packed": (False, True)}, "x", _its_channel
     ),
 }
-NOT_DRAWN: dict[str, str] = {}  # ops of another kind, and the file whose tests try them
+NOT_DRAWN = {"byte_causal_conv1d_grad": "test_byte_conv.py"}  # ops of another kind, and the file whose tests try them
