@@ -39,14 +39,19 @@ def resources(problem: Problem, config: Config, target: GPUTarget, T: int = 64) 
 
     Leaves the process with a driver that launches nothing: call it in a process of its own.
     """
+    with strict_switch(problem), force(config):
+        return resources_of(lambda: run(problem, *arguments(problem, "cpu", 2, 64 if T % 16 == 0 else 50), 1), target)
+
+
+def resources_of(call: Callable[[], object], target: GPUTarget) -> Resources:
+    """Compile what `call`, on tensors of the CPU, launches; as `resources`."""
     pretended = _Pretended(target)
     driver.set_active(pretended)
     before_each_load(pretended.keep_assembly)
     support.cpu_facts = support.Facts(
         multiprocessors=128, descriptors=target.backend == "cuda" and target.arch >= 90, tf32=target.backend == "cuda"
     )
-    with strict_switch(problem), force(config):
-        run(problem, *arguments(problem, "cpu", 2, 64 if T % 16 == 0 else 50), 1)
+    call()
     return Resources(*(max(values) for values in zip(*pretended.compiled, strict=True)))
 
 

@@ -8,20 +8,24 @@ registers in its own way, which costs time and never results.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fuzzytok_kernels.tuning.compile import Resources
+from fuzzytok_kernels import byte_launch, launch
+from fuzzytok_kernels.private_triton import GPUTarget
+from fuzzytok_kernels.tuning.compile import Resources, resources_of
 from fuzzytok_kernels.tuning.gpu import Gpu, versions
 from fuzzytok_kernels.tuning.lookup import shipped_folder
 from fuzzytok_kernels.tuning.measure import Job
 from fuzzytok_kernels.tuning.space import OPS, Config, default_config
 from fuzzytok_kernels.tuning.store import header, path_of, read
-from fuzzytok_kernels.tuning.tuner import compilers, job_of
+from fuzzytok_kernels.tuning.tuner import compilers, job_of, target_of
 from fuzzytok_kernels.tuning.warmup import default_jobs
-from fuzzytok_kernels.tuning.worker import WorkerError
+from fuzzytok_kernels.tuning.worker import WorkerError, pool
 
 LEFT_OUT = Gpu("the paper's T4", "sm75", 40, 65_536)
 _BUDGET, _BUDGET_ELSEWHERE = 32, 512  # bytes of local memory a thread; see Resources.spills for the first
@@ -74,19 +78,56 @@ def _spread(launches: list[tuple[Job, Config]], most: int | None) -> list[tuple[
     return [launches[int(i * step)] for i in range(round(len(launches) / step))]
 
 
+def untuned(name: str, target: GPUTarget) -> Resources:
+    """What one of UNTUNED takes. In a process of its own, see `compile.resources`."""
+    return resources_of(UNTUNED[name], target)
+
+
+def _packed() -> None:
+    x, weight, boundaries = _sequence(64), _weight(64, 64), torch.tensor([0, 20, 64], dtype=torch.int32)
+    launch.causal_conv1d_fused(x, weight, None, x, None, boundaries, 1, "gelu")
+    launch.causal_conv1d_activation_grad(x, x, weight, None, None, boundaries, 1, "gelu")
+    launch.causal_conv1d_input_grad(x, weight, 1, x, boundaries)
+    launch.causal_conv1d_weight_grad(x, x, 3, 1, boundaries)
+
+
+def _stateful() -> None:
+    x, weight, state = _sequence(64), _weight(64, 64), torch.zeros(1, 64, 2, dtype=torch.bfloat16)
+    launch.causal_conv1d_fused(x, weight, None, None, state, None, 1, "silu")
+
+
+def _bytes() -> None:
+    ids, embedding, weight = torch.zeros(1, 64, dtype=torch.uint8), torch.zeros(256, 64, dtype=torch.bfloat16), _weight(64, 64)
+    byte_launch.byte_causal_conv1d(ids, embedding, weight, None, 1, "gelu")
+    byte_launch.byte_causal_conv1d_grad(_sequence(64), ids, embedding, weight, None, 1, "gelu")
+
+
+def _sequence(channels: int) -> Tensor:
+    return torch.zeros(1, 64, channels, dtype=torch.bfloat16).mT
+
+
+def _weight(c_out: int, c_in: int) -> Tensor:
+    return torch.zeros(3, c_out, c_in, dtype=torch.bfloat16).permute(1, 2, 0)
+
+
+# What no problem of the tuner stands for.
+UNTUNED: dict[str, Callable[[], None]] = {"packed batches": _packed, "initial states": _stateful, "look-ups by byte": _bytes}
+
+
 def _compiled(gpu: Gpu, launches: Iterable[tuple[Job, Config]]) -> Row:
     row = Row(gpu, [], [])
     budget = _budget(gpu)
-    with compilers(gpu, spared=0) as compile:
-        futures = [(job, config, compile(job, config)) for job, config in launches]
-        for job, config, future in tqdm(futures, desc=gpu.arch):
+    with compilers(gpu, spared=0) as compile, pool("fuzzytok_kernels.tuning.matrix:untuned", 1) as submit:
+        futures = [(f"{job.problem} with {config}", compile(job, config)) for job, config in launches]
+        futures += [(name, submit(name, target_of(gpu))) for name in UNTUNED]
+        for name, future in tqdm(futures, desc=gpu.arch):
             try:
                 used = future.result()
             except WorkerError as error:
-                row.faults.append(f"does not compile ({error}): {job.problem} with {config}")
+                row.faults.append(f"does not compile ({error}): {name}")
                 continue
             row.used.append(used)
-            row.faults.extend(f"{fault}: {job.problem} with {config}" for fault in _faults(used, gpu, budget))
+            row.faults.extend(f"{fault}: {name}" for fault in _faults(used, gpu, budget))
     return row
 
 

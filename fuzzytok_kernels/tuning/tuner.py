@@ -107,10 +107,13 @@ def compilers(gpu: Gpu, spared: int = 2) -> Iterator[Callable[[Job, Config], Fut
 
     `spared` cores are left alone: unless told, one for a racing process, one for this.
     """
-    nvidia = gpu.arch.startswith("sm")
-    target = GPUTarget("cuda", int(gpu.arch[2:]), 32) if nvidia else GPUTarget("hip", gpu.arch, 64)
     with pool("fuzzytok_kernels.tuning.compile:resources", max(1, (os.cpu_count() or 2) - spared)) as submit:
-        yield lambda job, config: submit(job.problem, config, target, job.T)
+        yield lambda job, config: submit(job.problem, config, target_of(gpu), job.T)
+
+
+def target_of(gpu: Gpu) -> GPUTarget:
+    """What Triton calls the architecture of `gpu`."""
+    return GPUTarget("cuda", int(gpu.arch[2:]), 32) if gpu.arch.startswith("sm") else GPUTarget("hip", gpu.arch, 64)
 
 
 def _alone(gpu: Gpu) -> FileLock:
