@@ -72,7 +72,7 @@ class Case(NamedTuple):
     activation: str
     residual: str
     packed: bool  # whether the row is several sequences, end to end
-    state: bool  # whether each sequence has an initial state
+    state: bool  # whether each sequence has an initial state; of an update, whether states are circular, in slots of another order
     K: int
     config: int  # of CONFIGS
     c_in: int
@@ -122,7 +122,9 @@ def sizes(template: dict[str, Any]) -> st.SearchStrategy[Case]:
         Case,
         **{**fixed, **drawn},
         B=st.just(1) if template["packed"] else st.integers(0, 4),
-        d=st.integers(1, 9) if template["state"] else st.one_of(st.integers(1, 9), st.sampled_from((64, 640, 2**31 - 1, 2**40))),
+        d=st.integers(1, 9)
+        if template["state"] or template["op"] == "causal_conv1d_update"
+        else st.one_of(st.integers(1, 9), st.sampled_from((64, 640, 2**31 - 1, 2**40))),
         spoilt=st.sampled_from((None, None, float("nan"), float("inf"))),
         seed=st.integers(0, 2**16),
     )
@@ -145,6 +147,10 @@ class Tensors:
 
     def sequence(self, name: str, channels: int, layout: str) -> Tensor:
         return self._new(name, (self.case.B, channels, self.case.T), LAYOUTS[layout])
+
+    def conv_state(self, shape: tuple[int, int, int]) -> Tensor:
+        """Written in place, so that no two of its elements may share memory."""
+        return self._new("conv_state", shape, LAYOUTS["channels-last" if self.case.others.startswith("channels-last") else _CONTIGUOUS])
 
     def matrix(self, name: str, rows: int, columns: int) -> Tensor:
         return self._new(name, (rows, columns), lambda rows, columns: ((columns, 1), 0))
@@ -189,6 +195,16 @@ def _fused(case: Case, new: Tensors) -> tuple:
     return x, weight, bias, new.residual(x, case.channels), *new.sequences(), d, case.activation
 
 
+def _update(case: Case, new: Tensors) -> tuple:
+    """Rows in slots of another order, each some number of steps into its stream; or row by row, the oldest step first."""
+    x, weight, bias, d = _forward(case, new)
+    slots = case.B + 2 if case.state else case.B
+    conv_state = new.conv_state((slots, case.c_in, (case.K - 1) * d))
+    cache_seqlens = torch.randint(0, 50, (case.B,), device=DEVICE) if case.state else None
+    indices = torch.randperm(slots, device=DEVICE)[: case.B] if case.state else None
+    return x, conv_state, weight, bias, new.residual(x, case.channels), cache_seqlens, indices, d, case.activation
+
+
 def _bytes(case: Case, new: Tensors) -> tuple:
     """The config, which none is stored for, says which of its two dtypes the ids have."""
     dtype = (torch.uint8, torch.int64)[case.config % 2]
@@ -222,6 +238,12 @@ def _later(case: Case, t: int, c: int) -> Reach:
 
 def _earlier(case: Case, t: int, c: int) -> Reach:
     return _steps(case, range(t, case.sequence_of(t).start - 1, -case.d))
+
+
+def _later_and_kept(case: Case, t: int, c: int) -> Reach:
+    """That channel of the states, too; which row's slot is the first one's, the case does not say."""
+    channel = torch.arange(case.c_in, device=DEVICE)[:, None] == c
+    return [*_later(case, t, c), (channel, torch.zeros_like(channel))]
 
 
 def _steps(case: Case, steps: range) -> Reach:
@@ -259,6 +281,14 @@ SUBJECTS = {
     "causal_conv1d_input_grad": Subject(
         _input_grad, {"bias": ("none",), "residual": ("none", "another", "x itself"), "packed": (False, True)}, "grad_y", _earlier
     ),
+    "causal_conv1d_update": Subject(
+        _update,
+        {"activation": tuple(ACTIVATIONS), "residual": ("another", "x itself", "none"), "state": (False, True)},
+        "x",
+        _later_and_kept,
+        launch="fuzzytok_kernels.streaming.launch",
+        reference="fuzzytok_kernels.streaming.reference",
+    ),
     "byte_causal_conv1d": Subject(
         _bytes, {"activation": tuple(ACTIVATIONS), "packed": (False, True)}, launch="fuzzytok_kernels.byte_launch"
     ),
@@ -266,4 +296,8 @@ SUBJECTS = {
         _weight_grad, {"bias": ("none",), "weight": ("contiguous",), "packed": (False, True)}, "x", _its_channel
     ),
 }
-NOT_DRAWN = {"byte_causal_conv1d_grad": "test_byte_conv.py"}  # ops of another kind, and the file whose tests try them
+NOT_DRAWN = {
+    "residual_stack_update": "test_update.py",
+    "embedding_norm": "test_update.py",
+    "byte_causal_conv1d_grad": "test_byte_conv.py",
+}  # ops of another kind, and the file whose tests try them

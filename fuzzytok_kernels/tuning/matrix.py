@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fuzzytok_kernels import byte_launch, launch
 from fuzzytok_kernels.private_triton import GPUTarget
+from fuzzytok_kernels.streaming import launch as streaming
 from fuzzytok_kernels.tuning.compile import Resources, resources_of
 from fuzzytok_kernels.tuning.gpu import Gpu, versions
 from fuzzytok_kernels.tuning.lookup import shipped_folder
@@ -102,6 +103,18 @@ def _bytes() -> None:
     byte_launch.byte_causal_conv1d_grad(_sequence(64), ids, embedding, weight, None, 1, "gelu")
 
 
+def _streams() -> None:
+    x, weight, bias, state = (
+        _sequence(64),
+        _weight(64, 64),
+        torch.zeros(64, dtype=torch.bfloat16),
+        torch.zeros(1, 2, 64, dtype=torch.bfloat16),
+    )
+    streaming.causal_conv1d_update(x, state.mT, weight, bias, x, torch.zeros(1, dtype=torch.int64), None, 1, "gelu")
+    positions = torch.zeros(1, dtype=torch.int64)
+    streaming.residual_stack_update(x[:, :, :1], state, positions, None, [weight], [bias], [1], "gelu")
+
+
 def _sequence(channels: int) -> Tensor:
     return torch.zeros(1, 64, channels, dtype=torch.bfloat16).mT
 
@@ -111,7 +124,12 @@ def _weight(c_out: int, c_in: int) -> Tensor:
 
 
 # What no problem of the tuner stands for.
-UNTUNED: dict[str, Callable[[], None]] = {"packed batches": _packed, "initial states": _stateful, "look-ups by byte": _bytes}
+UNTUNED: dict[str, Callable[[], None]] = {
+    "packed batches": _packed,
+    "initial states": _stateful,
+    "look-ups by byte": _bytes,
+    "streams": _streams,
+}
 
 
 def _compiled(gpu: Gpu, launches: Iterable[tuple[Job, Config]]) -> Row:
