@@ -21,7 +21,7 @@ PACKAGE = Path(fuzzytok_kernels.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 UNPICKLES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "code", "codeop"}
 EVALUATES = {"eval", "exec", "compile", "__import__", "execfile"}
-IMPORTS_BY_NAME = {"cli.py", "tuning/warmup.py", "tuning/worker.py"}  # of a fixed table, of the command line, of their own parent
+IMPORTS_BY_NAME = {"ops.py", "cli.py", "tuning/warmup.py", "tuning/worker.py"}  # of fixed names, the command line, their own parent
 STARTS_PROCESSES = {"tuning/worker.py", "tuning/compile.py"}
 
 
@@ -174,3 +174,39 @@ def test_a_state_is_tensors_alone(module):
     torch.save(state, file)
     file.seek(0)
     module.load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda config, weights: config.update(dtype="load"),
+        lambda config, weights: config.update(dtype=CODE),
+        lambda config, weights: config.update(activation=CODE),
+        lambda config, weights: config.update(kernel_size=CODE),
+        lambda config, weights: config.update(__class__=CODE),
+        lambda config, weights: config.update(model_type=CODE),
+        lambda config, weights: weights.write_bytes(pickle.dumps(Evil())),
+        lambda config, weights: torch.save({"embedding.weight": torch.zeros(3)}, weights),
+        lambda config, weights: weights.write_bytes(b"\xff" * 8 + b"{}"),
+    ],
+    ids=["dtype is a function", "dtype", "activation", "kernel_size", "field", "model_type", "a pickle", "of torch.save", "long header"],
+)
+def test_hostile_model_folder(spoil, watched, tmp_path):
+    """Refused by a ValueError, with no process, no import of what it names, nothing unpickled."""
+    global _seen
+    pytest.importorskip("safetensors")
+    pytest.importorskip("huggingface_hub")
+    FuzzyTokenizer(dim=8, dilations=(1,)).save_pretrained(tmp_path)
+    FuzzyTokenizer.from_pretrained(tmp_path)  # what is imported lazily is there now
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    spoil(config, tmp_path / "model.safetensors")
+    path.write_text(json.dumps(config))
+    _seen = []
+    try:
+        with pytest.raises(ValueError, match=r"config\.json|model\.safetensors"):
+            FuzzyTokenizer.from_pretrained(tmp_path)
+        happened = list(_seen)
+    finally:
+        _seen = None
+    assert happened == []
