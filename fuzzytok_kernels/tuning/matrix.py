@@ -3,8 +3,8 @@
 Prints a table, and below it each config that breaks a rule: it compiles; its shared memory fits; its local memory is within a budget; its
 products run on the tensor cores. Exit status 1 if any does. Turing is in the table to show why the package leaves it to PyTorch.
 
-The budget is no spill at all under the Triton that a GPU's files were made with, and under another 512 bytes: each version gives out
-registers in its own way, which costs time and never results.
+The budget is 32 bytes a thread under the Triton that a GPU's files were made with, which is no spill in a loop, and under another 512: each
+version gives out registers in its own way, which costs time and never results.
 """
 
 import argparse
