@@ -5,11 +5,13 @@ computes anew counts again, as it does for `torch.utils.checkpoint`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
 from fuzzytok_kernels import ops
+from fuzzytok_kernels.streaming import ops as streaming_ops
 
 
 def of_conv(x: tuple, weight: tuple) -> int:
@@ -45,3 +47,20 @@ def _byte_conv(ids: tuple, embedding: tuple, weight: tuple, *args: Any, **kwargs
 def _byte_conv_grad(grad_y: tuple, ids: tuple, embedding: tuple, weight: tuple, *args: Any, **kwargs: Any) -> int:
     """Those of the table, made anew, and of its two gradients; the sums by id are none."""
     return 6 * embedding[0] * math.prod(weight)
+
+
+@register_flop_formula(streaming_ops.causal_conv1d_update.overloadpacket)
+def _update(x: tuple, conv_state: tuple, weight: tuple, *args: Any, **kwargs: Any) -> int:
+    return of_conv(x, weight)
+
+
+@register_flop_formula(streaming_ops.residual_stack_update.overloadpacket)
+def _stack_update(
+    x: tuple, history: tuple, positions: tuple, slots: tuple | None, weights: Sequence[tuple], *args: Any, **kwargs: Any
+) -> int:
+    return sum(of_conv(x, weight) for weight in weights)
+
+
+@register_flop_formula(streaming_ops.embedding_norm.overloadpacket)
+def _embedding_norm(*args: Any, **kwargs: Any) -> int:
+    return 0

@@ -49,6 +49,12 @@ def test_a_model_on_the_meta_device():
     assert counted(lambda: tokenizer(ids)) == want
 
 
+def test_a_stream_counts_as_the_whole_does(device):
+    tokenizer, ids = FuzzyTokenizer(dim=8, dilations=(1, 2), fold=False).to(device), torch.randint(256, (2, 5), device=device)
+    state = tokenizer.init_state(2)
+    assert sum(counted(lambda: tokenizer.step(ids, state)).values()) == sum(counted(lambda: tokenizer(ids)).values()) > 0
+
+
 def test_every_op_has_a_formula():
     names = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fuzzytok::")}
     assert {name for name in names if getattr(torch.ops.fuzzytok, name) not in flop_registry} == set()
