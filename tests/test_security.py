@@ -21,7 +21,12 @@ PACKAGE = Path(fuzzytok_kernels.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 UNPICKLES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "code", "codeop"}
 EVALUATES = {"eval", "exec", "compile", "__import__", "execfile"}
-IMPORTS_BY_NAME = {"registration.py", "cli.py", "tuning/warmup.py", "tuning/worker.py"}  # of fixed names, the command line, their own parent
+IMPORTS_BY_NAME = {
+    "registration.py",
+    "cli.py",
+    "tuning/warmup.py",
+    "tuning/worker.py",
+}  # of fixed names, the command line, their own parent
 STARTS_PROCESSES = {"tuning/worker.py", "tuning/compile.py"}
 
 

@@ -42,7 +42,7 @@ def main() -> None:
         raise SystemExit(
             f"--batch={options.batch} and --length={options.length} do not divide among {ranks} ranks, {options.time_ranks} a row"
         )
-    print(f"rank {rank} of {ranks}: process {os.getpid()}\n", end="", flush=True)  # in one write, since torchrun's ranks share the stream
+    print(f"rank {rank} of {ranks}: process {os.getpid()}\n", end="", flush=True)  # one write: torchrun's ranks share the stream
     mesh = init_device_mesh(device.type, (ranks // options.time_ranks, options.time_ranks), mesh_dim_names=("data", "time"))
     model = _model(options.dim, device)
     parallelize_module(model, mesh["time"], TimeParallel())
