@@ -88,15 +88,15 @@ def share_kernel(
                 stride_it, K, PARTS, BLOCK_T, BLOCK_C,
             )  # fmt: skip
             left, right = gate_grads(p, by, grad.to(tl.float32), ACTIVATION)
-            right = right.to(grad_p.dtype.element_ty)
-            tl.store(out + channels, right, mask=mask)
+            tl.store(out + channels, right.to(grad_p.dtype.element_ty), mask=mask)
             _store_sums(same, right, sums + channels, slot, c, within, PRECISION, BLOCK_T, BLOCK_C)
         elif ACTIVATION == "none":
             left = grad.to(tl.float32)
         else:
             left = derivative(p, ACTIVATION) * grad.to(tl.float32)
-        left = left.to(grad_p.dtype.element_ty)
-        tl.store(out, left, mask=mask)
+        tl.store(
+            out, left.to(grad_p.dtype.element_ty), mask=mask
+        )  # the sums take it as it is: rounded, fp16's bias-grad broke the error rule
         _store_sums(same, left, sums, slot, c, within, PRECISION, BLOCK_T, BLOCK_C)
 
 
@@ -161,6 +161,7 @@ def _share(share, order, ordered_ids, n_steps, T, dtype: tl.constexpr, BLOCK_T: 
 @triton.jit
 def _store_sums(same, values, sums, slot, c, within, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """The sums [T, C] of the rows of `values` that share an id, stored once a run."""
+    same = same.to(values.dtype)
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     if values.dtype == tl.float32 and PRECISION == "tf32x3":  # 0 and 1 are exact in TF32: two products do, and fewer registers
         high = (values.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
