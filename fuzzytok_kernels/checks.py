@@ -199,8 +199,7 @@ def check_residual_stack_update(
 def check_embedding_norm(ids: Checkable, embedding: Checkable, weight: Checkable, bias: Checkable, eps: float) -> None:
     """Raise ValueError or TypeError unless ids (B, L) are uint8 or long, embedding is (num_ids, C), and weight and bias (C,)."""
     check_ids(ids)
-    if ids.device != embedding.device:
-        raise ValueError(f"ids is on {ids.device}; expected the device of embedding, {embedding.device}")
+    _check_device("ids", ids, "embedding", embedding)
     if len(embedding.shape) != 2 or 0 in embedding.shape:
         raise ValueError(f"embedding has shape {tuple(embedding.shape)}; expected (num_ids, C), neither of them 0")
     for name, value in (("weight", weight), ("bias", bias)):
@@ -280,8 +279,7 @@ def _check_cu_seqlens(cu_seqlens: Checkable, name: str, x: Checkable) -> None:
 
 def _slots(name: str, state: Checkable, x: Checkable) -> int:
     """The slots of a state, which is not cast as other tensors are: it is written in place."""
-    if state.device != x.device:
-        raise ValueError(f"{name} is on {state.device}; expected the device of x, {x.device}")
+    _check_device(name, state, "x", x)
     if state.dtype != x.dtype:
         raise TypeError(f"{name} has dtype {state.dtype}; expected the dtype that x has or is cast to, {x.dtype}")
     if len(state.shape) != 3:
@@ -298,8 +296,7 @@ def _check_slots(name: str, indices: Checkable | None, x: Checkable, state: str,
 def _check_indices(name: str, value: Checkable | None, x: Checkable, count: int, meaning: str) -> None:
     if value is None:
         return
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}; expected the device of x, {x.device}")
+    _check_device(name, value, "x", x)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {value.dtype}; expected int32 or int64")
     _check_shape(name, value, (count,), meaning)
