@@ -42,4 +42,4 @@ def run_python(code: str, **environment: str) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     inherited["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, f"exit status {result.returncode}\n{result.stderr}"

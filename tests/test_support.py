@@ -9,7 +9,7 @@ import torch
 from modes import ON_CUDA, interpreter_cannot, needs_cuda, run_python
 from oracle import OPS, Problem, assert_accurate, assert_same_bits, make_inputs, ours, with_gradients
 
-from fuzzytok_kernels import ops, reference, support
+from fuzzytok_kernels import reference, registration, support
 
 PROBLEM = Problem(B=2, c_in=16, c_out=24, T=37, K=3, d=4)
 
@@ -20,7 +20,7 @@ def old_gpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old GPU")
-    caches = [value for module in (ops, support) for value in vars(module).values() if hasattr(value, "cache_clear")]
+    caches = [value for module in (registration, support) for value in vars(module).values() if hasattr(value, "cache_clear")]
     for cached in caches:
         cached.cache_clear()
     yield torch.device("cuda:0")
