@@ -59,14 +59,13 @@ def _add_blocks(
     SIDE: tl.constexpr = None if cu_seqlens is None else 0
     if cu_seqlens is not None:
         n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
+        start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
     for i in range(first, last):
         b, t = i // n_t, i % n_t * BLOCK_T
         if cu_seqlens is not None:
-            b, length, slot_t = place(i, n, cu_seqlens, n_sequences, T, BLOCK_T)
-            n = following(i, n, b, length, n_sequences, BLOCK_T)
             # Moved so that it ends with the sequence at the latest. The steps before the slot, which are of another one, count as zeros:
             # for grad_y the row begins with the slot.
-            t = tl.minimum(slot_t, length - BLOCK_T)
+            b, t = start, tl.minimum(slot_t, length - BLOCK_T)
             dy = load(grad_y, SIDE, b + slot_t, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
         elif GRAD_Y_CHANNELS_LAST:
             dy = grad_y.load([b, t, co]).reshape(BLOCK_T, BLOCK_C_OUT).T  # [C_out, T], zeros from T on
@@ -79,6 +78,8 @@ def _add_blocks(
         sums = grown
         if (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
+        if cu_seqlens is not None:  # at the end, and carried over: a load that another waits for within the loop takes stages from it
+            n, start, length, slot_t = following(i, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
 
 
@@ -123,11 +124,11 @@ def _add_blocks_by_pointers(
     length = T
     if cu_seqlens is not None:
         n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
+        start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
     for i in range(first, last):
         b, first_t = i // n_t, i % n_t * BLOCK_T
         if cu_seqlens is not None:
-            b, length, first_t = place(i, n, cu_seqlens, n_sequences, T, BLOCK_T)
-            n = following(i, n, b, length, n_sequences, BLOCK_T)
+            b, first_t = start, slot_t
         b, t = b.to(tl.int64), first_t + tl.arange(0, BLOCK_T).to(tl.int64)
         dy = tl.load(  # [T, C_out]
             grad_y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc,
@@ -148,6 +149,8 @@ def _add_blocks_by_pointers(
         sums = grown
         if (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
+        if cu_seqlens is not None:  # at the end, and carried over: a load that another waits for within the loop takes stages from it
+            n, start, length, slot_t = following(i, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
 
 
