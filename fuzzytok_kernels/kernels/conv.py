@@ -284,9 +284,7 @@ def _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK
     """Offsets [T, C], 64-bit, and which of them are inside."""
     steps, within = t + tl.arange(0, BLOCK_T).to(tl.int64), c + tl.arange(0, HALF).to(tl.int64)
     o = part * channels + within
-    if side is None:
-        inside = steps < T
-    else:  # as the hardware bounds a descriptor's
-        b, inside = b - side, (steps >= 0) & (steps < SIDE)
-    offsets = b.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
+    row = b if side is None else b - side
+    offsets = row.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
+    inside = steps < T if side is None else (steps >= 0) & (steps < SIDE)  # as the hardware bounds a descriptor's
     return offsets, inside[:, None] & (within < channels)[None, :]
