@@ -264,9 +264,9 @@ def _conv(
     constants = (K, parts, bias is not None, after.activation, after.kind, _precision(problem, x.device))
     tiles = sequences.tiles(B, T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
     # Device-side assertions for the values of cu_seqlens, but no arithmetic checked for overflow.
-    asserts: dict[str, Any] = {} if sequences.cu_seqlens is None else {"debug": True, "sanitize_overflow": False}
+    options: dict[str, Any] = {"debug": True, "sanitize_overflow": False} if sequences.packed else {}
     if config.path == "pointer":
-        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, **asserts)
+        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, **options)
         strides_of_weight = [weight.strides[axis] for axis in axes]
         numbers = (T, c_in, c_out, shift, stride_bias, *x_strides, *strides_of_weight, *strides_of_extra, *y_strides, *sequences.numbers)
 
@@ -282,9 +282,12 @@ def _conv(
     described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
     read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half, sequences.packed) if described and after.extra else as_it_is
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
-    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. Two inner loops cannot be flattened.
+    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots, or has
+    # two loops in it, cannot be flattened.
     flatten = after.kind == "none" and sequences == _ROWS
-    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **asserts)
+    if sequences.packed and sequences.state is None:  # ptxas takes some more than for a batch: 133 with GELU and a residual, of 128
+        options["maxnreg"] = min(255, 65_536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)
+    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **options)
     width = channels // parts_of_y
     steps = Rows.of(B, T, strides[0], strides[2], config.BLOCK_T, sequences.packed)
     y_layout = [*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half]
