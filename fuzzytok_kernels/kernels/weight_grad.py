@@ -126,10 +126,12 @@ def _add_blocks_by_pointers(
         n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
         start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
     for i in range(first, last):
-        b, first_t = i // n_t, i % n_t * BLOCK_T
-        if cu_seqlens is not None:
-            b, first_t = start, slot_t
-        b, t = b.to(tl.int64), first_t + tl.arange(0, BLOCK_T).to(tl.int64)
+        if cu_seqlens is None:
+            b = (i // n_t).to(tl.int64)
+            first_t = i % n_t * BLOCK_T
+        else:
+            b, first_t = start.to(tl.int64), slot_t
+        t = first_t + tl.arange(0, BLOCK_T).to(tl.int64)
         dy = tl.load(  # [T, C_out]
             grad_y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc,
             mask=(t < length)[:, None] & (o < c_out)[None, :],
