@@ -42,8 +42,8 @@ def place(slot, n, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def following(slot, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
-    """The sequence of the slot behind `slot`, which is of sequence n, and its `place`: without a loop, so that one around it is pipelined."""
-    n = tl.minimum(n + ((start + length) // BLOCK_T + n <= slot).to(tl.int32), n_sequences - 1)
+    """The sequence of the slot behind `slot`, which is of sequence n, and its `place`: no loop, so that one around it is pipelined."""
+    n = tl.minimum(n + ((start + length) // BLOCK_T + n <= slot).to(tl.int32), n_sequences)
     start, length, t = place(slot + 1, n, cu_seqlens, n_sequences, T, BLOCK_T)
     return n, start, length, t
 

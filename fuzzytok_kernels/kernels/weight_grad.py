@@ -141,6 +141,8 @@ def _add_blocks_by_pointers(
         for j in tl.static_range(TAPS):
             source = t - (k + j) * tl.cast(shift, tl.int64)
             causal = (source >= 0) & (source < length)  # Eq. 7
+            if cu_seqlens is not None:  # as the descriptors' blocks, which end with the sequence: what no gradient meets may be NaN
+                causal &= t < length
             clamped = tl.where(causal, source, 0)  # Eq. 8
             rows = tl.load(  # [T, C_in]
                 x + b * stride_xb + clamped[:, None] * stride_xt + c[None, :] * stride_xc,
