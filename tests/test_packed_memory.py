@@ -5,15 +5,15 @@ from contextlib import suppress
 import guards
 import pytest
 import torch
-from modes import INTERPRETED, KERNELS_RUN
+from modes import INTERPRETED, KERNELS_RUN, needs_kernels
 from test_packed import HISTORY, Case, D, K, boundaries, ops
 
 from fuzzytok_kernels import causal_conv1d, reference
 
 BLOCK = 16
 # The last sequence ends with the memory: shorter than the history or a block, a block, a step more; alone, or behind others.
-ENDS = [[n] for n in (1, HISTORY - 1, BLOCK - 1, BLOCK, BLOCK + 1)] + [[21, n] for n in (1, HISTORY - 1, BLOCK - 1, BLOCK, BLOCK + 1)]
-HOSTILE = [*ENDS, [3, 0, 2, 0, 0], [*40 * [0], 3, *40 * [0], 30, *40 * [0]], [1] * 35, [16, 32, 16]]
+ENDS = [[n] for n in (1, BLOCK - 1, BLOCK)] + [[21, n] for n in (1, HISTORY - 1, BLOCK - 1, BLOCK, BLOCK + 1)]
+HOSTILE = [*ENDS, [3, 0, 2, 0, 0], [*12 * [0], 3, *30 * [0], 9], [1] * 19, [16, 32, 16]]
 each_hostile = pytest.mark.parametrize("lengths", HOSTILE, ids=lambda lengths: f"{len(lengths)} of {sum(lengths)}, {lengths[-1]} last")
 
 
@@ -52,18 +52,17 @@ def test_no_sequence_sees_another(value, stated, strict_dtype, device, path):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @each_hostile
-def test_no_sequence_sees_another_in_the_weights(lengths, value, strict_dtype, device, path):
+def test_no_sequence_sees_another_in_the_weights(lengths, strict_dtype, device, path):
     """The last step of a sequence, and all of one that is no longer than the dilation, meet no gradient in the taps behind the first."""
     case = Case([*lengths, 2, *lengths], strict_dtype, stated=False)
     x, grad_y = case.leaves["x"], case.grads[0]
     want = ops.causal_conv1d_weight_grad(grad_y, x, K, D, case.cu_seqlens)
     x = x.clone()
     for sequence in x.split(case.lengths, 2):
-        sequence[:, :, -1:] = value
+        sequence[:, :, -1:] = float("nan")
         if sequence.shape[2] <= D:
-            sequence[:] = value
+            sequence[:] = float("nan")
     got = ops.causal_conv1d_weight_grad(grad_y, x, K, D, case.cu_seqlens)
     assert torch.equal(got[0][:, :, 1:], want[0][:, :, 1:])
     assert torch.equal(got[1], want[1])
@@ -76,7 +75,7 @@ def placed(inputs: guards.Inputs, name: str, channels: int, T: int, width: int, 
 
 
 def call(function, x, grad_y, weight, state, cu_seqlens) -> tuple:
-    """All four ops of one block; `function` has them by name, as the dispatcher or the reference."""
+    """All four ops of one block; `function` has them by name: the launchers, or the reference."""
     return (
         function.causal_conv1d_fused(x, weight, None, grad_y, state, cu_seqlens, D, "gelu"),
         function.causal_conv1d_activation_grad(grad_y, x, weight, None, state, cu_seqlens, D, "gelu"),
@@ -85,17 +84,20 @@ def call(function, x, grad_y, weight, state, cu_seqlens) -> tuple:
     )
 
 
-@pytest.mark.parametrize(("width", "stated"), [(16, False), (48, False), (16, True)], ids=["tight", "slice", "tight, with a state"])
+@needs_kernels
+@pytest.mark.parametrize(("width", "stated"), [(16, False), (48, True)], ids=["tight", "slice, with a state"])
 @each_hostile
 def test_nothing_beyond_the_tensors(lengths, width, stated, strict_dtype, device, path):
     """All values are right, and the guard zones keep their bytes; what is read there is NaN, and so would the values be."""
+    from fuzzytok_kernels import launch
+
     T, inputs = sum(lengths), guards.Inputs()
     x, grad_y = (placed(inputs, name, 16, T, width, strict_dtype, device) for name in ("x", "grad_y"))
     weight = (torch.randn(16, 16, K, device=device) / 7).to(strict_dtype)
     state = torch.randn(len(lengths), 16, HISTORY, device=device).to(strict_dtype) if stated else None
     cu_seqlens = boundaries(lengths)
     with guards.Allocations() as allocations:
-        got = call(ops, x, grad_y, weight, state, cu_seqlens)
+        got = call(launch, x, grad_y, weight, state, cu_seqlens)
     want = call(reference, *(None if value is None else value.double() for value in (x, grad_y, weight, state)), cu_seqlens)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
