@@ -4,7 +4,7 @@
 Whatever else it holds, no address outside it, the batch or the initial state is formed of it.
 
 Tiles are counted from each sequence's own beginning, in slots of time: sequence n has those from `cu_seqlens[n] // BLOCK_T + n` on, enough
-wherever it begins, of which up to two are empty; T // BLOCK_T + N in all.
+wherever it begins, of which one at most is empty; T // BLOCK_T + N in all.
 
 For pointers the batch is a row for each sequence: of `length` steps, `start` times the stride of a step away. A descriptor cannot know the
 lengths: its rows are all SIDE steps long and begin, or end, at any step, so that the hardware bounds the steps on that side: [side, bound,
