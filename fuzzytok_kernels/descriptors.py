@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fuzzytok_kernels.kernels.sequences import SIDE
+from fuzzytok_kernels.kernels.sequences import row_length
 from fuzzytok_kernels.kernels.transpose import channels_last_kernel
 from fuzzytok_kernels.program import Kernel, cdiv
 
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     def of(cls, B: int, T: int, stride_b: int, stride_t: int, block_t: int, packed: bool) -> "Rows":
         if not packed:
             return cls([B, T], [stride_b, stride_t], [1, block_t])
-        side = SIDE.value
+        side = row_length.fn()
         return cls([_MOST, _MOST, side], [2**64 // side - stride_t, stride_t, stride_t], [1, 1, block_t])
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot
-from fuzzytok_kernels.kernels.sequences import SIDE, assert_sequences, bounded, load, place, sequence_of
+from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, place, row_length, sequence_of
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
 
@@ -287,5 +287,5 @@ def _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK
     o = part * channels + within
     row = b if side is None else b - side
     offsets = row.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
-    inside = steps < T if side is None else (steps >= 0) & (steps < SIDE)  # as the hardware bounds a descriptor's
+    inside = steps < T if side is None else (steps >= 0) & (steps < row_length())  # as the hardware bounds a descriptor's
     return offsets, inside[:, None] & (within < channels)[None, :]

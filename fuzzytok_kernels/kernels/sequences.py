@@ -15,8 +15,11 @@ The stride -s is 2**34 - s, which SIDE = 2**30 makes the same in 64 bits.
 import triton
 import triton.language as tl
 
-SIDE = tl.constexpr(1 << 30)
-_CHUNK = tl.constexpr(1024)  # boundaries that are checked together
+
+@triton.jit
+def row_length():
+    """The steps of a row that a descriptor reads: SIDE, as above. A function, since kernels read no global constants: see their tests."""
+    return 1 << 30
 
 
 @triton.jit
@@ -56,8 +59,8 @@ def bounded(start, length, t, shift, BLOCK_T: tl.constexpr):
     sequence at the latest. Its first steps are then computed twice, to the same bits, or lie before the sequence, and are not written.
     """
     on = shift < 0
-    step = tl.where(on, SIDE - length + t, tl.minimum(t, length - BLOCK_T))
-    return tl.where(on, SIDE, 0), tl.where(on, start + length, start), step
+    step = tl.where(on, row_length() - length + t, tl.minimum(t, length - BLOCK_T))
+    return tl.where(on, row_length(), 0), tl.where(on, start + length, start), step
 
 
 @triton.jit
@@ -70,10 +73,10 @@ def load(x, side, b, t, c):
 
 
 @triton.jit
-def assert_sequences(cu_seqlens, n_sequences, T):
-    """One program's work, without a synchronisation: PyTorch reports the assertion at its next one."""
-    for i in range(0, n_sequences, _CHUNK):
-        index = i + tl.arange(0, _CHUNK)
+def assert_sequences(cu_seqlens, n_sequences, T, CHUNK: tl.constexpr = 1024):
+    """One program's work, CHUNK boundaries at a time, without a synchronisation: PyTorch reports the assertion at its next one."""
+    for i in range(0, n_sequences, CHUNK):
+        index = i + tl.arange(0, CHUNK)
         inside = index < n_sequences
         start, end = tl.load(cu_seqlens + index, mask=inside, other=0), tl.load(cu_seqlens + index + 1, mask=inside, other=0)
         tl.device_assert((start <= end) & ((index > 0) | (start == 0)), "cu_seqlens must begin with 0 and never decrease")

@@ -56,7 +56,7 @@ def _add_blocks(
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """The sums and those of the time blocks from `first` to `last`."""
-    SIDE: tl.constexpr = None if cu_seqlens is None else 0
+    side: tl.constexpr = None if cu_seqlens is None else 0
     if cu_seqlens is not None:
         n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
         start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
@@ -66,14 +66,14 @@ def _add_blocks(
             # Moved so that it ends with the sequence at the latest. The steps before the slot, which are of another one, count as zeros:
             # for grad_y the row begins with the slot.
             b, t = start, tl.minimum(slot_t, length - BLOCK_T)
-            dy = load(grad_y, SIDE, b + slot_t, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
+            dy = load(grad_y, side, b + slot_t, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
         elif GRAD_Y_CHANNELS_LAST:
             dy = grad_y.load([b, t, co]).reshape(BLOCK_T, BLOCK_C_OUT).T  # [C_out, T], zeros from T on
         else:
             dy = grad_y.load([b, co, t]).reshape(BLOCK_C_OUT, BLOCK_T)
         grown = ()
         for j in tl.static_range(TAPS):
-            rows = load(x, SIDE, b, t - (k + j) * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)  # [T, C_in], zeros before t = 0, by the hardware
+            rows = load(x, side, b, t - (k + j) * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)  # [T, C_in], zeros before t = 0, by the hardware
             grown = grown + (dot(dy, rows, sums[j], PRECISION),)  # type: ignore[assignment]  # [C_out, C_in] each
         sums = grown
         if (i >= share_first) & (i < share_last):
