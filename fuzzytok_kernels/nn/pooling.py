@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fuzzytok_kernels.checks import check_lengths
+
 
 def segments_from_starts(starts: Tensor, lengths: Tensor | None = None) -> Tensor:
     """starts (B, T) bool, True where a segment begins -> the segment (B, T) long of each byte: 0, 1, 2, ..., or -1 for padding.
@@ -11,7 +13,7 @@ def segments_from_starts(starts: Tensor, lengths: Tensor | None = None) -> Tenso
 
     Raises:
         ValueError: starts is not (B, T), or lengths not (B,).
-        TypeError: starts is not bool.
+        TypeError: starts is not bool, or lengths neither int32 nor int64.
     """
     if starts.dim() != 2:
         raise ValueError(f"starts has shape {tuple(starts.shape)}; expected 2 dimensions (batch, time)")
@@ -21,8 +23,7 @@ def segments_from_starts(starts: Tensor, lengths: Tensor | None = None) -> Tenso
     segments = (starts & (steps > 0)).cumsum(1)
     if lengths is None:
         return segments
-    if lengths.shape != starts.shape[:1]:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {tuple(starts.shape[:1])}, one a row of starts")
+    check_lengths(lengths, "starts", starts)
     return segments.masked_fill(steps >= lengths[:, None], -1)
 
 
