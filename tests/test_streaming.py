@@ -197,6 +197,16 @@ def test_reset_of_slots_that_there_are_not(device):
             state.reset(slots)
 
 
+@pytest.mark.parametrize("block", [dict(activation="relu"), dict(norm="layer"), None], ids=str)
+def test_blocks_that_a_step_does_not_compute_are_refused(block, device):
+    tokenizer = small(device)
+    tokenizer.blocks[1] = torch.nn.Identity() if block is None else ResidualCausalBlock(16, 3, 2, **block).to(device)
+    state = tokenizer.init_state(1)
+    with pytest.raises(ValueError, match=r"^blocks\[1\] is .*; expected a ResidualCausalBlock without a norm, with activation='gelu'"):
+        tokenizer.step(random_ids(tokenizer, 1, 4), state)
+    assert state.positions.tolist() == [0]
+
+
 def test_after_a_billion_bytes(device):
     """Nothing but where the circles begin depends on the position."""
     tokenizer = small(device)

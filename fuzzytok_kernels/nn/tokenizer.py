@@ -135,10 +135,16 @@ class FuzzyTokenizer(nn.Module, Pretrained):
         runs neither their hooks nor a forward of their own.
 
         Raises:
-            ValueError: ids is not (B, L), or B is not the number of slots although `slots` is None.
+            ValueError: ids is not (B, L), or B is not the number of slots although `slots` is None; a block has been replaced by one with
+                a norm, another activation or of another class.
             TypeError: ids is neither uint8 nor long, or the state is of another dtype (as after a change of autocast).
             IndexError: on the CPU, as `forward`. On a GPU such an id gives NaN, here and as long as the state remembers it.
         """
+        for i, block in enumerate(self.blocks):
+            # By what it has, not by its class: the wrappers of torch.compile and of checkpointing show what they wrap.
+            if getattr(block, "activation", None) != self.activation or not isinstance(getattr(block, "norm", None), nn.Identity):
+                wanted = f"a ResidualCausalBlock without a norm, with activation={self.activation!r}"
+                raise ValueError(f"blocks[{i}] is {type(block).__name__}({block.extra_repr()}); expected {wanted}, as step computes it")
         convs: list[Any] = [block.conv for block in self.blocks]
         layers = [conv.weight for conv in convs], [conv.bias for conv in convs], [conv.dilation for conv in convs]
         with torch.no_grad():
