@@ -242,6 +242,15 @@ def check_ids(ids: Checkable) -> None:
         raise TypeError(f"ids has dtype {ids.dtype}; expected uint8 or int64")
 
 
+def check_lengths(lengths: Checkable, name: str, rows: Checkable) -> None:
+    """Raise ValueError or TypeError unless `lengths` is a tensor (B,) of integers, one a row of `rows`."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths is of type {type(lengths).__name__}; expected a tensor ({rows.shape[0]},), one a row of {name}")
+    _check_shape("lengths", lengths, (rows.shape[0],), f"one a row of {name}")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths has dtype {lengths.dtype}; expected int32 or int64")
+
+
 def check_activation(activation: str) -> None:
     """Raise ValueError unless `activation` is one of `reference.ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
@@ -264,7 +273,7 @@ def _check_sequences(x: Checkable, weight: Checkable, initial_state: Checkable |
         _check_like("initial_state", initial_state, "x", x)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         expected = (rows, x.shape[1], (weight.shape[2] - 1) * dilation)
-        _check_shape("initial_state", initial_state, expected, "one row a sequence, (K - 1) * dilation steps,")
+        _check_shape("initial_state", initial_state, expected, "one row a sequence, (K - 1) * dilation steps")
 
 
 def _check_cu_seqlens(cu_seqlens: Checkable, name: str, x: Checkable) -> None:
@@ -353,7 +362,11 @@ def _check_like(name: str, value: Checkable, like_name: str, like: Checkable) ->
 
 
 def check_positive(name: str, value: int) -> None:
+    check_at_least(1, name, value)
+
+
+def check_at_least(least: int, name: str, value: int) -> None:
     if not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} is {value!r}; expected an integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; expected at least 1")
+    if value < least:
+        raise ValueError(f"{name} is {value}; expected at least {least}")

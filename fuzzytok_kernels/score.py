@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         if len(text) < 2:
             raise ValueError(f"{options.file} has {len(text)} bytes; expected at least 2")
         model = ByteLM.from_pretrained(options.model).to(options.device)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:  # the last: a PyTorch without CUDA is asked for it
         parser.error(str(error))
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(options.device)
     print(f"{model.score(ids):.4f} bits per byte of {options.file} ({len(text):,} bytes)")

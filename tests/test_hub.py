@@ -173,6 +173,28 @@ def test_a_broken_folder(spoil, says, saved):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_folder(saved, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(**options) -> None:
+        raise LocalEntryNotFoundError("the Hub does not answer")
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", unreachable)
+    for folder in (saved / "none", str(saved / "none"), saved / "config.json", "someone/a-model"):
+        with pytest.raises(ValueError, match=r"^folder is '.*', which is no folder; expected what ByteLM.save_pretrained wrote") as caught:
+            ByteLM.from_pretrained(folder)
+        assert str(folder) in str(caught.value)
+
+
+def test_weights_of_two_dtypes_are_not_saved(needs_hub, tmp_path):
+    model = ByteLM(16, dilations=())
+    model.tokenizer.bfloat16()
+    with pytest.raises(ValueError, match="the weights have the dtypes bfloat16, float32; expected one"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("missing", ["huggingface_hub", "safetensors"])
 def test_without_the_extra(missing, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, missing, None)

@@ -84,6 +84,9 @@ def test_score_wants_a_text(device):
     for ids in (torch.zeros(1, dtype=torch.uint8), torch.zeros(1, 9, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"ids has shape .*; expected \(T,\), at least 2 ids"):
             small(device).score(ids.to(device))
+    for chunk in (0, -1):
+        with pytest.raises(ValueError, match=f"chunk is {chunk}; expected at least 1"):
+            small(device).score(torch.zeros(9, dtype=torch.uint8, device=device), chunk)
 
 
 # ---- what is written
@@ -194,7 +197,8 @@ def test_one_candidate_or_no_temperature_is_the_likeliest(device):
     model = small(device)
     want = texts(model, "ab", 8, temperature=0)
     assert texts(model, "ab", 8, top_k=1) == want
-    assert texts(model, "ab", 8, temperature=1e-4, seed=0) == want
+    for temperature in (1e-4, 1e-45, 1e-300):
+        assert texts(model, "ab", 8, temperature=temperature, seed=0) == want
 
 
 def draws(logits: Tensor, temperature: float, top_k: int | None, end_id: int | None = None) -> Tensor:
@@ -234,7 +238,7 @@ def test_special_ids_but_the_end_are_never_drawn(device):
         ("a", dict(temperature=-0.5), "temperature is -0.5; expected a finite number from 0 on"),
         ("a", dict(temperature=math.inf), "temperature is inf"),
         ("a", dict(temperature=math.nan), "temperature is nan"),
-        ("a", dict(top_k=0), "top_k is 0; expected at least 1, or None"),
+        ("a", dict(top_k=0), "top_k is 0; expected at least 1"),
     ],
     ids=str,
 )
@@ -244,7 +248,15 @@ def test_refused_at_once(prompts, options, says, device):
 
 
 def test_other_refusals(device):
-    with pytest.raises(TypeError, match="texts has a int; expected str or bytes"):
-        small(device).generate(["a", 5])
+    for prompts, says in (
+        (["a", 5], "prompts has one of type int"),
+        (5, "prompts is of type int"),
+        (bytearray(b"a"), "prompts is of type"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            small(device).generate(prompts)
+    for options in (dict(stop="\n"), dict(stop=[b"\n"]), dict(top_k=2.5), dict(max_bytes=1.5)):
+        with pytest.raises(TypeError, match=f"^{next(iter(options))} is .*; expected "):
+            small(device).generate("a", **options)
     with pytest.raises(LookupError):
         small(device).generate("a", errors="magic")

@@ -326,6 +326,7 @@ def test_block_state_dict_round_trip(activation, norm, device):
     ("wrong", "message"),
     [
         (dict(activation="tanh"), "activation is 'tanh'; expected one of .*'relu', 'silu', 'gelu', 'gelu_tanh', 'glu', 'tanh_sigmoid'"),
+        (dict(activation="none"), "activation is 'none'; expected one of 'relu', "),
         (dict(norm="batch"), "norm is 'batch'; expected one of None, 'layer', 'rms'"),
         (dict(dropout=-0.1), "dropout is -0.1; expected .*between 0 and 1"),
         (dict(dropout=1.5), "dropout is 1.5; expected .*between 0 and 1"),

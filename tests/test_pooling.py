@@ -56,6 +56,16 @@ def test_nothing_to_pool(device):
     assert (unpool(pool(z, padding), padding) == 0).all()
 
 
+def test_what_is_left_out_may_be_nan(device):
+    """Padding counts nowhere whatever it is, and the first segment learns nothing of itself from `segments - 1`."""
+    z = torch.ones(1, 4, 3, device=device)
+    z[0, 3] = torch.nan
+    segments = torch.tensor([[0, 0, 1, -1]], device=device)
+    assert (pool(z, segments) == 1).all()
+    pooled = torch.full((1, 2, 3), torch.inf, device=device)
+    assert (unpool(pooled, segments - 1)[0, [0, 1, 3]] == 0).all()
+
+
 def test_gradients(device):
     z = torch.randn(2, 5, 2, dtype=torch.float64, device=device, requires_grad=True)
     segments = torch.tensor([[0, 0, 1, 1, -1], [0, 1, 1, 2, 2]], device=device)
@@ -108,6 +118,11 @@ def test_refusals(device):
         segments_from_starts(segments)
     with pytest.raises(ValueError, match="lengths has shape"):
         segments_from_starts(segments.bool(), torch.zeros(3, device=device))
+    for call in (lambda: pool(z, segments.float()), lambda: unpool(z, segments.to(torch.uint8))):
+        with pytest.raises(TypeError, match=r"segments has dtype torch\.\w+; expected int32 or int64"):
+            call()
     if device.type == "cpu":
+        with pytest.raises(ValueError, match="segments reaches 4; expected at most 3, the last of pooled"):
+            unpool(z, segments + 4)
         with pytest.raises(ValueError, match="segments reaches 2; expected at most count - 1, 1"):
             pool(z, segments + 2, 2)

@@ -181,6 +181,32 @@ def test_a_slot_begins_anew(as_tensor, device):
     assert state.positions.tolist() == [14, 0, 14]
 
 
+def test_reset_of_slots_that_there_are_not(device):
+    tokenizer = small(device)
+    state = tokenizer.init_state(3)
+    stream(tokenizer, random_ids(tokenizer, 3, 9), [9], state)
+    before = state.history.clone()
+    for slots in (torch.tensor([-1, 3], device=device), [-1, 7], -3, []):
+        state.reset(slots)
+        assert torch.equal(state.history, before)
+        assert state.positions.tolist() == [9, 9, 9]
+    state.reset(torch.tensor([-1, 1], device=device))
+    assert state.positions.tolist() == [9, 0, 9]
+    for slots in (torch.tensor([True, False, True], device=device), [0.5]):
+        with pytest.raises(TypeError, match=r"slots has dtype torch\.\w+; expected int32 or int64"):
+            state.reset(slots)
+
+
+@pytest.mark.parametrize("block", [dict(activation="relu"), dict(norm="layer"), None], ids=str)
+def test_blocks_that_a_step_does_not_compute_are_refused(block, device):
+    tokenizer = small(device)
+    tokenizer.blocks[1] = torch.nn.Identity() if block is None else ResidualCausalBlock(16, 3, 2, **block).to(device)
+    state = tokenizer.init_state(1)
+    with pytest.raises(ValueError, match=r"^blocks\[1\] is .*; expected a ResidualCausalBlock without a norm, with activation='gelu'"):
+        tokenizer.step(random_ids(tokenizer, 1, 4), state)
+    assert state.positions.tolist() == [0]
+
+
 def test_after_a_billion_bytes(device):
     """Nothing but where the circles begin depends on the position."""
     tokenizer = small(device)

@@ -256,9 +256,35 @@ def test_what_is_no_text_is_refused(text, device):
         small(device).encode(text)
 
 
-def test_a_negative_number_of_specials_is_refused():
-    with pytest.raises(ValueError, match="num_special is -1; expected at least 0"):
-        FuzzyTokenizer(num_special=-1)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(num_special=-1), "num_special is -1; expected at least 0"),
+        (dict(num_special=1.5), "num_special is 1.5; expected an integer"),
+        (dict(dim=0), "dim is 0; expected at least 1"),
+        (dict(dim=-1), "dim is -1; expected at least 1"),
+        (dict(kernel_size="3"), "kernel_size is '3'; expected an integer"),
+        (dict(dilations=3), "dilations is 3; expected a sequence of integers"),
+        (dict(dilations=(1, 0)), "dilation is 0; expected at least 1"),
+        (dict(embedding_dim=0), "embedding_dim is 0; expected at least 1"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_refuses_by_name(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        FuzzyTokenizer(**{"dim": 8, **wrong})
+
+
+def test_lengths_are_a_tensor_of_integers_one_a_row(device):
+    ids, logits = torch.ones(2, 4, dtype=torch.long, device=device), torch.zeros(2, 4, 256, device=device)
+    for call in (lambda lengths: small(device).decode(ids, lengths), lambda lengths: bits_per_byte(logits, ids, lengths)):
+        for lengths in ([1, 2], torch.ones(2, device=device)):
+            with pytest.raises(TypeError, match=r"^lengths (is of type list; expected a tensor|has dtype torch\.float32; expected int32)"):
+                call(lengths)
+        with pytest.raises(ValueError, match=r"^lengths has shape \(1,\); expected one a row of (ids|targets), \(2,\)"):
+            call(torch.ones(1, dtype=torch.long, device=device))
+    with pytest.raises(TypeError, match=r"targets has dtype torch\.float32; expected integers"):
+        bits_per_byte(logits, ids.float())
 
 
 # ---- bits_per_byte

@@ -5,10 +5,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuzzytok_kernels.checks import check_activation
 from fuzzytok_kernels.layout import laid_out_as
 from fuzzytok_kernels.nn.conv import CausalConv1d
-from fuzzytok_kernels.reference import GATES
+from fuzzytok_kernels.reference import ACTIVATIONS, GATES
 
 
 class ResidualCausalBlock(nn.Module):
@@ -34,9 +33,8 @@ class ResidualCausalBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_activation(activation)
-        if activation == "none":
-            raise ValueError("activation is 'none'; expected one that makes of blocks more than one convolution")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(map(repr, _ACTIVATIONS))}")
         if norm not in _NORMS:
             raise ValueError(f"norm is {norm!r}; expected one of {', '.join(map(repr, _NORMS))}")
         if not 0 <= dropout <= 1:
@@ -59,4 +57,5 @@ class ResidualCausalBlock(nn.Module):
         return f"{text}, dropout={self.dropout}" if self.dropout else text
 
 
+_ACTIVATIONS = [name for name in ACTIVATIONS if name != "none"]  # without one, blocks would be no more than one convolution
 _NORMS: dict[str | None, Callable[[int], nn.Module]] = {None: lambda channels: nn.Identity(), "layer": nn.LayerNorm, "rms": nn.RMSNorm}

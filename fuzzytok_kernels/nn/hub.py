@@ -21,11 +21,13 @@ class Pretrained:
     config: dict[str, Any]
 
     def save_pretrained(self, folder: str | os.PathLike, **options: Any) -> None:
-        """Write the weights, in the dtype that they have, and the config to `folder`, which is made if need be.
+        """Write the weights, in the one dtype that they have, the config, and a README.md if there is none to `folder`, which is made if
+        need be.
 
         `options` are those of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`: push_to_hub, repo_id, model_card_kwargs.
 
         Raises:
+            ValueError: weights of several dtypes.
             ImportError: huggingface_hub or safetensors is not installed.
         """
         kind: Any = type(self)
@@ -40,7 +42,8 @@ class Pretrained:
         `options` are those of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`: revision, token, cache_dir and the like.
 
         Raises:
-            ValueError: a folder that lacks a file, or holds a broken one, or another model's, or one of a newer format.
+            ValueError: a folder that lacks a file, or holds a broken one, or another model's, or one of a newer format; no folder, and no
+                repository that the Hub has or can be asked for.
             ImportError: huggingface_hub or safetensors is not installed.
         """
         kind: Any = cls
@@ -53,6 +56,7 @@ def _with_hub(cls: type) -> Any:
     try:
         import safetensors  # noqa: F401  # the mixin imports it late
         from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
         raise ImportError(f"{error}; saving and loading need the extra `hub`: pip install 'fuzzytok_kernels[hub]'") from error
 
@@ -76,7 +80,15 @@ def _with_hub(cls: type) -> Any:
         def from_pretrained(cls_with_hub, folder: Any, **options: Any) -> Any:  # type: ignore[override]
             if os.path.isdir(folder):  # the mixin reads the config before it asks us
                 return _load(cls, Path(folder))
-            return super().from_pretrained(folder, **options)
+            try:
+                if isinstance(folder, os.PathLike):
+                    raise HFValidationError("a path names none")
+                return super().from_pretrained(folder, **options)
+            except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+                raise ValueError(
+                    f"folder is {os.fspath(folder)!r}, which is no folder; expected what {cls.__name__}.save_pretrained wrote, "
+                    f"or the name of a repository on the Hugging Face Hub ({_first_line(error)})"
+                ) from error
 
     return WithHub
 
@@ -85,7 +97,10 @@ def _save(model: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     weights = {name: value.detach().contiguous() for name, value in _own_weights(model).items()}  # a tap-major weight is not contiguous
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
+    if len(dtypes) != 1:
+        raise ValueError(f"the weights have the dtypes {', '.join(sorted(dtypes))}; expected one, which the model has when it is loaded")
+    (dtype,) = dtypes
     config = {"model_type": model.model_type, "format": FORMAT, "dtype": dtype, **model.config}
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuzzytok_kernels.checks import check_at_least, check_lengths, check_positive
 from fuzzytok_kernels.nn.hub import Pretrained
 from fuzzytok_kernels.nn.tokenizer import FuzzyTokenizer, bits_per_byte, to_bytes
 
@@ -49,6 +50,8 @@ class ByteLM(nn.Module, Pretrained):
     def loss(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Bits per byte, a scalar to train on: each id but the first is predicted from those before. With lengths (B,), the first of each
         row count, and what is behind is padding."""
+        if lengths is not None:
+            check_lengths(lengths, "ids", ids)
         return bits_per_byte(self(ids)[:, :-1], ids[:, 1:], None if lengths is None else lengths - 1)
 
     @torch.no_grad()
@@ -56,6 +59,7 @@ class ByteLM(nn.Module, Pretrained):
         """Bits per byte of one long text, ids (T,) with T >= 2: all but the first id, each from those before, `chunk` at a time."""
         if ids.dim() != 1 or len(ids) < 2:
             raise ValueError(f"ids has shape {tuple(ids.shape)}; expected (T,), at least 2 ids")
+        check_positive("chunk", chunk)
         state = self.tokenizer.init_state(1)
         bits = ids.new_zeros((), dtype=torch.float64)
         for start in range(0, len(ids) - 1, chunk):
@@ -92,17 +96,18 @@ class ByteLM(nn.Module, Pretrained):
 
         Raises:
             ValueError: at once, not at the first piece: a prompt that is empty without a begin_id, or a number out of range.
-            TypeError: a prompt that is neither str nor bytes.
+            TypeError: a prompt that is neither str nor bytes, a stop that is not bytes, or a number that is no integer.
         """
-        rows = [to_bytes(text) for text in ([prompts] if isinstance(prompts, str | bytes) else prompts)]
+        rows = to_bytes("prompts", prompts)
         if not all(rows) and self.tokenizer.begin_id is None:
             raise ValueError("prompts has an empty one; expected at least a byte each, or a model with a begin_id (num_special >= 2)")
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes is {max_bytes}; expected at least 0")
+        check_at_least(0, "max_bytes", max_bytes)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; expected a finite number from 0 on")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; expected at least 1, or None")
+        if top_k is not None:
+            check_positive("top_k", top_k)
+        if not isinstance(stop, bytes):
+            raise TypeError(f"stop is {stop!r}; expected bytes, of which any ends a text")
         codecs.lookup_error(errors)
         generator = None if seed is None else torch.Generator(self.head.weight.device).manual_seed(seed)
         return self._written(rows, max_bytes, _Sampler(self.tokenizer.end_id, temperature, top_k, generator), set(stop), errors)
@@ -164,4 +169,6 @@ class _Sampler:
         if self.top_k is not None and self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k, 1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
-        return torch.multinomial((logits / self.temperature).softmax(1), 1, generator=self.generator)[:, 0]
+        logits = logits - logits.amax(1, keepdim=True)  # so that no temperature, however near to 0, makes one of them infinite
+        shares = (logits / max(self.temperature, torch.finfo(logits.dtype).tiny)).softmax(1)
+        return torch.multinomial(shares, 1, generator=self.generator)[:, 0]

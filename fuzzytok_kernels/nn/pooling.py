@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fuzzytok_kernels.checks import check_lengths
+
 
 def segments_from_starts(starts: Tensor, lengths: Tensor | None = None) -> Tensor:
     """starts (B, T) bool, True where a segment begins -> the segment (B, T) long of each byte: 0, 1, 2, ..., or -1 for padding.
@@ -11,7 +13,7 @@ def segments_from_starts(starts: Tensor, lengths: Tensor | None = None) -> Tenso
 
     Raises:
         ValueError: starts is not (B, T), or lengths not (B,).
-        TypeError: starts is not bool.
+        TypeError: starts is not bool, or lengths neither int32 nor int64.
     """
     if starts.dim() != 2:
         raise ValueError(f"starts has shape {tuple(starts.shape)}; expected 2 dimensions (batch, time)")
@@ -21,8 +23,7 @@ def segments_from_starts(starts: Tensor, lengths: Tensor | None = None) -> Tenso
     segments = (starts & (steps > 0)).cumsum(1)
     if lengths is None:
         return segments
-    if lengths.shape != starts.shape[:1]:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {tuple(starts.shape[:1])}, one a row of starts")
+    check_lengths(lengths, "starts", starts)
     return segments.masked_fill(steps >= lengths[:, None], -1)
 
 
@@ -35,6 +36,7 @@ def pool(z: Tensor, segments: Tensor, count: int | None = None) -> Tensor:
 
     Raises:
         ValueError: segments is not (B, T), or reaches `count` (on a GPU that is an assertion of the device).
+        TypeError: segments is neither int32 nor int64.
     """
     _check("z", z, segments)
     if count is None:
@@ -42,10 +44,10 @@ def pool(z: Tensor, segments: Tensor, count: int | None = None) -> Tensor:
     elif segments.device.type == "cpu" and segments.numel() and segments.max() >= count:
         raise ValueError(f"segments reaches {segments.max()}; expected at most count - 1, {count - 1}")
     rows, inside = torch.arange(len(z), device=z.device)[:, None], segments >= 0
-    index = rows, torch.where(inside, segments, 0)
+    index = rows, torch.where(inside, segments, 0)  # what lies outside adds a zero to segment 0: a zero even where z has a NaN
     wide = torch.promote_types(z.dtype, torch.float32)
     # index_put sums in a fixed order, where index_add and scatter_add would use atomics.
-    sums = z.new_zeros(len(z), max(count, 1), z.shape[2], dtype=wide).index_put(index, z.to(wide) * inside[:, :, None], accumulate=True)
+    sums = z.new_zeros(len(z), max(count, 1), z.shape[2], dtype=wide).index_put(index, _where(inside, z.to(wide)), accumulate=True)
     sizes = torch.zeros(len(z), max(count, 1), dtype=wide, device=z.device).index_put(index, inside.to(wide), accumulate=True)
     return (sums / sizes.clamp(min=1)[:, :, None])[:, :count].to(z.dtype)
 
@@ -56,13 +58,23 @@ def unpool(pooled: Tensor, segments: Tensor) -> Tensor:
     `unpool(pooled, segments - 1)` gives each byte what the segment before its own has, and zeros in the first: nothing that comes later.
 
     Raises:
-        ValueError: segments is not (B, T).
+        ValueError: segments is not (B, T), or reaches S (on a GPU that is an assertion of the device).
+        TypeError: segments is neither int32 nor int64.
     """
     _check("pooled", pooled, segments)
     if not pooled.shape[1]:
         return pooled.new_zeros(*segments.shape, pooled.shape[2])
     rows, inside = torch.arange(len(pooled), device=pooled.device)[:, None], segments >= 0
-    return pooled[rows, torch.where(inside, segments, 0)] * inside[:, :, None]
+    try:
+        spread = pooled[rows, torch.where(inside, segments, 0)]
+    except IndexError as error:
+        raise ValueError(f"segments reaches {segments.max()}; expected at most {pooled.shape[1] - 1}, the last of pooled") from error
+    return _where(inside, spread)
+
+
+def _where(inside: Tensor, value: Tensor) -> Tensor:
+    """value (B, T, C) where inside (B, T), and zeros elsewhere, whatever value has there."""
+    return value.masked_fill(~inside[:, :, None], 0)
 
 
 def _check(name: str, value: Tensor, segments: Tensor) -> None:
@@ -71,3 +83,5 @@ def _check(name: str, value: Tensor, segments: Tensor) -> None:
     T = value.shape[1] if name == "z" else segments.shape[-1]
     if segments.shape != (len(value), T):
         raise ValueError(f"segments has shape {tuple(segments.shape)}; expected {(len(value), T)}, one a byte of {name}")
+    if segments.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"segments has dtype {segments.dtype}; expected int32 or int64")

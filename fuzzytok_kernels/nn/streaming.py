@@ -18,15 +18,24 @@ class StreamState(NamedTuple):
     positions: Tensor
 
     def reset(self, slots: Tensor | Sequence[int] | int | None = None) -> None:
-        """Begin anew, in place: the streams at `slots`, all if None. A tensor of slots stays on the device: fit for a CUDA graph."""
+        """Begin anew, in place: the streams at `slots`, all if None. A tensor of slots stays on the device: fit for a CUDA graph.
+
+        As in a step, a slot that there is not, by custom -1, is no stream's.
+
+        Raises:
+            TypeError: slots that are no integers, of int32 or int64 as a tensor.
+        """
         if slots is None:
             self.history.zero_()
             self.positions.zero_()
             return
-        if not isinstance(slots, Tensor):
-            slots = torch.tensor(slots, dtype=torch.long, device=self.positions.device)
-        self.history.index_fill_(0, slots.long(), 0)
-        self.positions.index_fill_(0, slots.long(), 0)
+        slots = torch.as_tensor(slots, device=self.positions.device)
+        if slots.numel() and slots.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"slots has dtype {slots.dtype}; expected int32 or int64")
+        # Not index_fill_: that takes -1 for the last slot.
+        begins = (slots.reshape(-1, 1) == torch.arange(len(self.positions), device=slots.device)).any(0)  # (slots,)
+        self.history.masked_fill_(begins[:, None, None], 0)
+        self.positions.masked_fill_(begins, 0)
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

@@ -1,14 +1,14 @@
 """FuzzyTok: bytes to continuous embeddings, without a vocabulary. Equations 1 to 4 of the paper."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuzzytok_kernels.checks import check_ids, check_positive
+from fuzzytok_kernels.checks import check_at_least, check_ids, check_lengths, check_positive
 from fuzzytok_kernels.functional import byte_causal_conv1d
 from fuzzytok_kernels.nn.block import ResidualCausalBlock
 from fuzzytok_kernels.nn.fold import foldable
@@ -41,7 +41,11 @@ class FuzzyTokenizer(nn.Module, Pretrained):
     Attributes:
         receptive_field: how many bytes an output sees, its own included (Eq. 4); 43 for the defaults.
         num_ids: 256 + num_special.
-        config: the arguments that make it anew, as `save_pretrained` writes them.
+        config: the arguments that make it anew, as `save_pretrained` writes them; `fold` is not among them.
+
+    Raises:
+        ValueError: a size below 1, a num_special below 0, or another activation.
+        TypeError: a size that is no integer, or dilations that are no sequence.
     """
 
     model_type = "fuzzytok"
@@ -57,9 +61,13 @@ class FuzzyTokenizer(nn.Module, Pretrained):
         fold: bool = True,
     ) -> None:
         super().__init__()
-        if num_special < 0:
-            raise ValueError(f"num_special is {num_special}; expected at least 0")
+        check_at_least(0, "num_special", num_special)
+        if not isinstance(dilations, Iterable):
+            raise TypeError(f"dilations is {dilations!r}; expected a sequence of integers, one a block")
         dilations = tuple(dilations)
+        sizes = {"dim": dim, "kernel_size": kernel_size, "embedding_dim": 1 if embedding_dim is None else embedding_dim}
+        for name, value in sizes.items():
+            check_positive(name, value)
         self.fold = fold
         self.config = dict(
             dim=dim, kernel_size=kernel_size, dilations=list(dilations), activation=activation, embedding_dim=embedding_dim,
@@ -127,10 +135,16 @@ class FuzzyTokenizer(nn.Module, Pretrained):
         runs neither their hooks nor a forward of their own.
 
         Raises:
-            ValueError: ids is not (B, L), or B is not the number of slots although `slots` is None.
+            ValueError: ids is not (B, L), or B is not the number of slots although `slots` is None; a block has been replaced by one with
+                a norm, another activation or of another class.
             TypeError: ids is neither uint8 nor long, or the state is of another dtype (as after a change of autocast).
             IndexError: on the CPU, as `forward`. On a GPU such an id gives NaN, here and as long as the state remembers it.
         """
+        for i, block in enumerate(self.blocks):
+            # By what it has, not by its class: the wrappers of torch.compile and of checkpointing show what they wrap.
+            if getattr(block, "activation", None) != self.activation or not isinstance(getattr(block, "norm", None), nn.Identity):
+                wanted = f"a ResidualCausalBlock without a norm, with activation={self.activation!r}"
+                raise ValueError(f"blocks[{i}] is {type(block).__name__}({block.extra_repr()}); expected {wanted}, as step computes it")
         convs: list[Any] = [block.conv for block in self.blocks]
         layers = [conv.weight for conv in convs], [conv.bias for conv in convs], [conv.dilation for conv in convs]
         with torch.no_grad():
@@ -148,9 +162,7 @@ class FuzzyTokenizer(nn.Module, Pretrained):
         Raises:
             TypeError: something that is neither str nor bytes.
         """
-        if isinstance(texts, str | bytes):
-            texts = [texts]
-        rows = [to_bytes(text) for text in texts]
+        rows = to_bytes("texts", texts)
         ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id or 0)
         for row_ids, row in zip(ids, rows, strict=True):
             if row:  # frombuffer refuses an empty one
@@ -165,11 +177,14 @@ class FuzzyTokenizer(nn.Module, Pretrained):
 
         Raises:
             ValueError: ids is not (B, T) or has one below 0, or lengths is not (B,) or has one below 0.
+            TypeError: ids is neither uint8 nor long, or lengths neither int32 nor int64.
         """
         check_ids(ids)
+        if lengths is not None:
+            check_lengths(lengths, "ids", ids)
         ends = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
-        if len(ends) != len(ids) or min(ends, default=0) < 0:
-            raise ValueError(f"lengths is {ends}; expected {len(ids)} numbers, one a row of ids, none below 0")
+        if min(ends, default=0) < 0:
+            raise ValueError(f"lengths is {ends}; expected none below 0")
         return [bytes(i for i in row[:end] if i < _BYTES) for row, end in zip(ids.tolist(), ends, strict=True)]
 
 
@@ -181,11 +196,14 @@ def bits_per_byte(logits: Tensor, targets: Tensor, lengths: Tensor | None = None
 
     Raises:
         ValueError: the shapes do not go together.
+        TypeError: targets or lengths are no integers.
     """
     if logits.dim() != 3 or logits.shape[:2] != targets.shape:
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected the (B, T) of logits, {tuple(logits.shape)}")
-    if lengths is not None and lengths.shape != targets.shape[:1]:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {tuple(targets.shape[:1])}, one a row of targets")
+    if targets.is_floating_point():
+        raise TypeError(f"targets has dtype {targets.dtype}; expected integers")
+    if lengths is not None:
+        check_lengths(lengths, "targets", targets)
     targets = targets.long()
     if lengths is not None:
         steps = torch.arange(targets.shape[1], device=targets.device)
@@ -194,9 +212,15 @@ def bits_per_byte(logits: Tensor, targets: Tensor, lengths: Tensor | None = None
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED) / math.log(2)
 
 
-def to_bytes(text: str | bytes) -> bytes:
-    if isinstance(text, str):
-        return text.encode("utf-8", "surrogateescape")
-    if isinstance(text, bytes):
-        return text
-    raise TypeError(f"texts has a {type(text).__name__}; expected str or bytes")
+def to_bytes(name: str, texts: str | bytes | Sequence[str | bytes]) -> list[bytes]:
+    """The bytes of each text; a text alone is one of them."""
+    if isinstance(texts, str | bytes):
+        texts = [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, bytearray | memoryview):
+        raise TypeError(f"{name} is of type {type(texts).__name__}; expected str, bytes, or a sequence of these")
+    rows = []
+    for text in texts:
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"{name} has one of type {type(text).__name__}; expected str or bytes")
+        rows.append(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
+    return rows
