@@ -68,3 +68,10 @@ def test_killed_and_resumed(tmp_path):
     for step in again.keys() & killed.keys():
         assert again[step] == pytest.approx(killed[step], abs=0.05 if ON_CUDA else 2e-4)
     assert killed[max(killed)] < killed[1]
+
+
+def test_without_torchrun(tmp_path):
+    command = [sys.executable, "-m", "fuzzytok_kernels.examples.train", f"--file={ROOT / 'README.md'}", f"--checkpoints={tmp_path}"]
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr.strip().splitlines()[-1][:23]) == (1, "run it under torchrun: ")

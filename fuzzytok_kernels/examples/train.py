@@ -32,6 +32,8 @@ from fuzzytok_kernels.nn import ByteLM, bits_per_byte
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # which nothing here changes in place
     options = _options()
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("run it under torchrun: torchrun --nproc-per-node=1 -m fuzzytok_kernels.examples.train ...")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)

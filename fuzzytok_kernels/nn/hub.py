@@ -58,7 +58,9 @@ def _with_hub(cls: type) -> Any:
         from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
-        raise ImportError(f"{error}; saving and loading need the extra `hub`: pip install 'fuzzytok_kernels[hub]'") from error
+        raise ImportError(
+            f"{error}; saving and loading need the extra `hub`: pip install 'fuzzytok_kernels[hub]', or '.[hub]' in its own folder"
+        ) from error
 
     class WithHub(PyTorchModelHubMixin, cls, library_name="fuzzytok_kernels"):  # type: ignore[misc,call-arg]
         def _save_pretrained(self, save_directory: Path) -> None:
