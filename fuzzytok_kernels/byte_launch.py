@@ -21,14 +21,16 @@ from fuzzytok_kernels.reference import GATES, check_range
 from fuzzytok_kernels.support import facts
 
 _plans = functools.lru_cache(maxsize=4096)
-_TILE = 1024  # elements of half a tile of the forward: 16 results a thread
-_CHANNELS = 16  # of half a tile at most, see `kernels/byte_conv.py`
-_PROGRAMS = 5  # a multiprocessor, by their registers
+_TILE = 2048  # elements of a tile of the forward: 16 results a thread
+_LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
+_PROGRAMS = {2: 7, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
+_SHARE_PROGRAMS, _LARGE_SHARE_PROGRAMS = 5, 3  # of 96 registers, and of up to 144 for a gate or fp32
 _SHARE = 64  # steps of a share: the least that the tensor cores of Hopper take at once; half of it elsewhere, where 64 spill registers
-_SORTED, _COMPARED = 128, 32  # steps that one program sorts, by comparing all with all, 32 at a time
+_SHARE_CHANNELS, _SHARE_BLOCKS = 16, 4  # of so many channels each: what taps 1 and 2 look up in 64 channels is 131 kB
+_SORTED, _COMPARED = 256, 32  # steps that one program sorts, by comparing all with all, 32 at a time
 _SUMMED = (16, 256)  # slots and columns at a time
 _TABLE = (32, 64, 64)  # ids, output channels, input channels of a block of a product
-_EMBEDDING_GRAD = (32, 64, 32)
+_EMBEDDING_GRAD = (16, 128, 32)  # few ids, so that all multiprocessors have a block
 _TAP_GRAD = (64, 64, 32)
 
 
@@ -60,18 +62,17 @@ def _forward_plan(
     (B, T), (V, channels), K = ids.shape, embedding.shape, weight.shape[2]
     if B * T == 0:
         return lambda ids, embedding, *others: empty_of_bytes(embedding, ids)
-    block_c = min(_CHANNELS, _power_of_two(channels))
-    block_t = min(_TILE // block_c, _power_of_two(T))
-    blocks, tiles = cdiv(channels, 2 * block_c), B * cdiv(T, block_t)
-    programs = blocks * max(1, min(tiles, _PROGRAMS * facts(ids.device).multiprocessors // blocks))
-    constants = (_is_wide(ids, K, dilation), K, 2 if activation in GATES else 1, activation, block_t, block_c)
-    kernel = Kernel(byte_conv_kernel, programs, constants)
-    make_table = _table(embedding, weight)
-    numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(bias), _stride(cu_seqlens))
+    block_c = min(_LINE // 2 // embedding.dtype.itemsize, _power_of_two(channels))
+    block_t = min(_TILE // 2 // block_c, _power_of_two(T))
+    wide = _is_wide(ids, K, dilation, channels, embedding, weight)
+    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[embedding.dtype.itemsize])
+    kernel = Kernel(byte_conv_kernel, programs, (wide, K, 2 if activation in GATES else 1, activation, block_t, block_c))
+    make_table = _table(embedding, weight, bias, embedding.dtype)
+    numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens))
 
     def look_up(ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        table, y = make_table(embedding, weight), empty_of_bytes(embedding, ids)
-        kernel(ids, table, bias, cu_seqlens, y, *numbers)
+        table, y = make_table(embedding, weight, bias), empty_of_bytes(embedding, ids)
+        kernel(ids, table, cu_seqlens, y, *numbers)
         return y
 
     return on(ids.device, look_up)
@@ -85,73 +86,85 @@ def _grad_plan(
     CHECKS["byte_causal_conv1d_grad"](grad_y, ids, embedding, weight, bias, dilation, activation, cu_seqlens)
     (B, T), (V, channels), (c_out, _, K) = ids.shape, embedding.shape, weight.shape
     n_steps, width = B * T, K * c_out + channels
-    table_grads = _table_grads(embedding, weight)
+    products = _products(embedding)
+    table_grads = _table_grads(embedding, weight, products)
     if n_steps == 0:
         return lambda grad_y, ids, embedding, weight, *others: table_grads(
             embedding.new_zeros((V, width), dtype=torch.float32), embedding, weight
         )
-    make_table, ordered = _table(embedding, weight), _order(ids, V, torch.int64 if _is_wide(ids, K, dilation) else torch.int32)
-    steps = _SHARE if facts(ids.device).descriptors else _SHARE // 2
-    shares, block_c, precision = cdiv(n_steps, steps), _power_of_two(channels), _precision(ids.device)
-    share_constants = (K, c_out // channels, activation, precision, steps, min(32, block_c))
-    share = Kernel(share_kernel, shares, share_constants, num_warps=8, num_stages=1)
-    taps = Kernel(tap_kernel, shares * (K - 1), (K, precision, steps, min(64, block_c)))
-    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, *_SUMMED))
     sequences, stride_s = (min(dilation, T), *_searches(cu_seqlens)), _stride(cu_seqlens)
-    numbers = (n_steps, T, V, channels, *sequences, *ids.strides, _stride(bias), stride_s, *grad_y.strides)
+    wide = _is_wide(ids, K, dilation, c_out, embedding, weight, grad_y)
+    make_table, ordered = _table(embedding, weight, bias, torch.float32), _order(ids, V, K, wide, sequences, stride_s)
+    steps, precision = _SHARE if facts(ids.device).descriptors else _SHARE // 2, _precision(ids.device)
+    shares, block_c = cdiv(n_steps, steps), _power_of_two(channels)
+    blocks = min(_SHARE_BLOCKS, cdiv(channels, _SHARE_CHANNELS))
+    small = c_out == channels and embedding.dtype.itemsize == 2
+    most = _SHARE_PROGRAMS if small else _LARGE_SHARE_PROGRAMS
+    programs = _persistent(ids.device, cdiv(channels, blocks * _SHARE_CHANNELS), shares, most)
+    share_constants = (wide, K, c_out // channels, activation, precision, steps, _SHARE_CHANNELS, blocks)
+    share = Kernel(share_kernel, programs, share_constants, num_stages=1)
+    taps = Kernel(tap_kernel, shares * (K - 1), (wide, K, precision, steps, min(64, block_c)))
+    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, *_SUMMED))
+    numbers, grad_strides = (n_steps, T, V, channels), grad_y.strides
 
     def gradients(
         grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        table = make_table(embedding, weight)
-        order, ordered_ids, ends, n_blocks = ordered(ids)
+        table = make_table(embedding, weight, bias)
+        order, rows, batch, ends, n_blocks = ordered(ids, cu_seqlens)
         grad_p, partial = embedding.new_empty((n_steps, c_out)), table.new_empty((shares + V + 1, width))
-        share(ids, order, ordered_ids, table, bias, cu_seqlens, grad_y, grad_p, partial, *numbers)
+        share(order, rows, batch, table, grad_y, grad_p, partial, *numbers, *grad_strides)
         if K > 1:
-            taps(order, ordered_ids, cu_seqlens, grad_p, partial, n_steps, T, channels, c_out, *sequences, stride_s)
-        grad_table = torch.empty_like(table)
+            taps(order, rows, cu_seqlens, grad_p, partial, *numbers, c_out, *sequences, stride_s)
+        grad_table = table.new_empty((V, width))
         sum_slots(partial, ends, grad_table, n_blocks, width)
         return table_grads(grad_table, embedding, weight)
 
     return on(ids.device, gradients)
 
 
-def _order(ids: Traits, n_ids: int, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, int]]:
-    """The steps in the order of their ids, in `dtype`, these ids, and where each id ends in each of how many blocks of steps."""
+def _order(
+    ids: Traits, n_ids: int, kernel_size: int, wide: bool, sequences: tuple[int, ...], stride_s: int
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor, int]]:
+    """In the order of their ids the steps, the table's rows that each looks up, its row of the batch; and where each id ends in each of
+    how many blocks of steps.
+    """
     B, T = ids.shape
-    n_steps, n_blocks = B * T, cdiv(B * T, _SORTED)
-    rank, order_by_id = Kernel(rank_kernel, n_blocks, (_SORTED, _COMPARED)), Kernel(order_kernel, n_blocks, (_SORTED,))
-    numbers = n_steps, T, n_ids, n_blocks, *ids.strides
+    n_steps, n_blocks, dtype = B * T, cdiv(B * T, _SORTED), torch.int64 if wide else torch.int32
+    rank = Kernel(rank_kernel, n_blocks, (wide, _SORTED, _COMPARED), num_warps=8)
+    order_by_id = Kernel(order_kernel, n_blocks, (wide, kernel_size, _SORTED))
+    numbers, strides = (n_steps, T, n_ids, n_blocks), ids.strides
 
-    def ordered(ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    def ordered(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         ranks, counts = ids.new_empty(n_steps, dtype=torch.int32), ids.new_zeros((n_ids + 1) * n_blocks, dtype=torch.int32)
-        rank(ids, ranks, counts, *numbers)
-        ends, order, ordered_ids = counts.cumsum(0, dtype=dtype), ids.new_empty(n_steps, dtype=dtype), torch.empty_like(ranks)
-        order_by_id(ids, ranks, ends, order, ordered_ids, *numbers)
-        return order, ordered_ids, ends, n_blocks
+        rank(ids, ranks, counts, *numbers, *strides)
+        ends, rows = counts.cumsum(0, dtype=dtype), ranks.new_empty((kernel_size, n_steps))
+        order, batch = (ids.new_empty(n_steps, dtype=dtype) for _ in range(2))
+        order_by_id(ids, ranks, ends, cu_seqlens, order, rows, batch, *numbers, *sequences, *strides, stride_s)
+        return order, rows, batch, ends, n_blocks
 
     return ordered
 
 
-def _table(embedding: Traits, weight: Traits) -> Callable[[Tensor, Tensor], Tensor]:
-    """Makes the table [V, K * C_out + C] in fp32."""
+def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Makes the table [V + 1, K * C_out + C], with a line's elements behind it, see `kernels/byte_conv.looked_up`."""
     (V, channels), (c_out, _, K) = embedding.shape, weight.shape
-    block_v, block_o, _ = blocks = _blocks(_TABLE, V, c_out, channels)
-    programs = cdiv(V, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o))
+    block_v, block_o, _ = blocks = _blocks(_TABLE, V + 1, c_out, channels)
+    programs = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o))
     kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), *blocks))
-    numbers = V, channels, c_out, *embedding.strides, *weight.strides
+    numbers = V, channels, c_out, *embedding.strides, *weight.strides, _stride(bias)
 
-    def make(embedding: Tensor, weight: Tensor) -> Tensor:
-        table = embedding.new_empty((V, K * c_out + channels), dtype=torch.float32)
-        kernel(embedding, weight, table, *numbers)
+    def make(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        table = embedding.new_empty((V + 1) * (K * c_out + channels) + _LINE, dtype=dtype)
+        kernel(embedding, weight, bias, table, *numbers)
         return table
 
     return make
 
 
-def _table_grads(embedding: Traits, weight: Traits) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _table_grads(embedding: Traits, weight: Traits, precision: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """The gradients of embedding, weight and bias from that of the table."""
-    (V, channels), (c_out, _, K), precision = embedding.shape, weight.shape, _precision(embedding.device)
+    (V, channels), (c_out, _, K) = embedding.shape, weight.shape
     block_v, _, block_i = blocks = _blocks(_EMBEDDING_GRAD, V, c_out, channels)
     of_embedding = Kernel(embedding_grad_kernel, cdiv(V, block_v) * cdiv(channels, block_i), (K, precision, *blocks))
     _, block_o, block_i = blocks = _blocks(_TAP_GRAD, V, c_out, channels)
@@ -177,6 +190,11 @@ def _precision(device: torch.device) -> str:
     return "tf32x3" if facts(device).tf32 else "ieee"
 
 
+def _products(embedding: Traits) -> str:
+    """`input_precision` of the products with the table's gradient. TF32 has the digits of fp16, to which PyTorch rounds every step's."""
+    return "tf32" if embedding.dtype.itemsize == 2 and facts(embedding.device).tf32 else _precision(embedding.device)
+
+
 def _searches(cu_seqlens: Traits | None) -> tuple[int, int]:
     """How many sequences there are, and in how many halvings one of them is found."""
     if cu_seqlens is None:
@@ -185,10 +203,19 @@ def _searches(cu_seqlens: Traits | None) -> tuple[int, int]:
     return n, n.bit_length()
 
 
-def _is_wide(ids: Traits, kernel_size: int, dilation: int) -> bool:
-    """Whether steps need 64 bits; else 32 take less time, above all to divide."""
-    B, T = ids.shape
-    return B * T + kernel_size * min(dilation, T) >= 2**31
+def _persistent(device: torch.device, blocks: int, tiles: int, most: int) -> int:
+    """How many programs: as many for each of `blocks` of channels, `most` a multiprocessor."""
+    return blocks * max(1, min(tiles, most * facts(device).multiprocessors // blocks))
+
+
+def _is_wide(ids: Traits, kernel_size: int, dilation: int, c_out: int, embedding: Traits, weight: Traits, *others: Traits) -> bool:
+    """Whether steps and offsets need 64 bits; else 32 take less time."""
+    (B, T), (V, channels) = ids.shape, embedding.shape
+    n_steps, reach = B * T, kernel_size * min(dilation, T)
+    width = kernel_size * weight.shape[0] + channels
+    spans = (sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True)) for x in (ids, *others))
+    slots = n_steps // (_SHARE // 2) + V + 2
+    return max(n_steps * max(c_out, kernel_size) + (reach + _TILE) * c_out, slots * width, *spans) >= 2**31
 
 
 def _power_of_two(size: int) -> int:

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fuzzytok_kernels.kernels.sequences import row_length
 from fuzzytok_kernels.kernels.transpose import channels_last_kernel
 from fuzzytok_kernels.program import Kernel, cdiv
+
+_MOST = 2**31 - 2**16  # sides and bounds: any that a coordinate can be
 
 
 class Traits(NamedTuple):
@@ -25,35 +28,52 @@ def traits(x: Tensor) -> Traits:
     return Traits(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
-def rows(x: Traits, block_t: int, block_c: int) -> Callable[[Tensor], TensorDescriptor]:
+class Rows(NamedTuple):
+    """The axes of a descriptor that stand for batch and time, those of a batch or of packed sequences: see `kernels/sequences.py`."""
+
+    shape: list[int]
+    strides: list[int]
+    block: list[int]
+
+    @classmethod
+    def of(cls, B: int, T: int, stride_b: int, stride_t: int, block_t: int, packed: bool) -> "Rows":
+        if not packed:
+            return cls([B, T], [stride_b, stride_t], [1, block_t])
+        side = row_length.fn()
+        return cls([_MOST, _MOST, side], [2**64 // side - stride_t, stride_t, stride_t], [1, 1, block_t])
+
+
+def rows(x: Traits, block_t: int, block_c: int, packed: bool) -> Callable[[Tensor], TensorDescriptor]:
     """Makes the descriptor of [B, T, C] of an x (B, C, T), copied to channels-last first if it does not lie so already.
 
-    The copy takes 24 us for (32, 256, 2048) in bf16 on an H100, where PyTorch's own takes 114.
+    Of [side, bound, step, C] if packed. The copy takes 24 us for (32, 256, 2048) in bf16 on an H100, where PyTorch's own takes 114.
     """
     (B, channels, T), (stride_b, stride_c, stride_t) = x.shape, x.strides
-    shape, block = [B, T, channels], [1, block_t, block_c]
-    if _describable(x, stride_b, stride_t, stride_c):
-        strides = [stride_b, stride_t, 1]
+    there, copied = (Rows.of(B, T, *strides, block_t, packed) for strides in ((stride_b, stride_t), (T * channels, channels)))
+    shape, block = [*there.shape, channels], [*there.block, block_c]
+    if _describable(x, *there.strides, stride_c):
+        strides = [*there.strides, 1]
         return lambda x: TensorDescriptor(x, shape, strides, block)
-    copy = Kernel(channels_last_kernel, B * cdiv(T, 64) * cdiv(channels, 64), (64, 64))
+    copy, strides_of_copy = Kernel(channels_last_kernel, B * cdiv(T, 64) * cdiv(channels, 64), (64, 64)), [*copied.strides, 1]
 
-    def copied(x: Tensor) -> TensorDescriptor:
-        rows = x.new_empty(shape)
+    def of_copy(x: Tensor) -> TensorDescriptor:
+        rows = x.new_empty((B, T, channels))
         copy(x, rows, T, channels, stride_b, stride_c, stride_t)
-        return TensorDescriptor(rows, shape, [T * channels, channels, 1], block)
+        return TensorDescriptor(rows, shape, strides_of_copy, block)
 
-    return copied
+    return of_copy
 
 
-def rows_or_columns(x: Traits, block_t: int, block_c: int) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
-    """Makes the descriptor of [B, T, C] of an x (B, C, T), or of [B, C, T] where it lies so and T is aligned; says whether it is the first.
+def rows_or_columns(x: Traits, block_t: int, block_c: int, packed: bool) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
+    """Makes the descriptor of `rows`, or of [B, C, T] where x lies so and T is aligned; says whether it is the first.
 
-    For a tensor that is not shifted in time: a shift by less than 16 bytes along the last axis is an illegal instruction on an H100.
+    The second for a tensor that is not shifted in time, so not a packed one: a shift by less than 16 bytes along the last axis is an
+    illegal instruction on an H100.
     """
     (B, channels, T), (stride_b, stride_c, stride_t) = x.shape, x.strides
-    if not _describable(x, stride_b, stride_t, stride_c) and _describable(x, stride_b, stride_c, stride_t):
+    if not packed and not _describable(x, stride_b, stride_t, stride_c) and _describable(x, stride_b, stride_c, stride_t):
         return lambda x: TensorDescriptor(x, [B, channels, T], [stride_b, stride_c, 1], [1, block_c, block_t]), False
-    return rows(x, block_t, block_c), True
+    return rows(x, block_t, block_c, packed), True
 
 
 def taps(weight: Traits, axes: tuple, parts: int, block_in: int, block_out: int) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fuzzytok_kernels import tuning
 from fuzzytok_kernels.checks import CHECKS
-from fuzzytok_kernels.descriptors import Traits, as_it_is, rows, rows_or_columns, taps, traits
+from fuzzytok_kernels.descriptors import Rows, Traits, as_it_is, rows, rows_or_columns, taps, traits
 from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
@@ -102,7 +102,7 @@ def causal_conv1d_weight_grad(
 def _forward_plan(x: Traits, weight: Traits, bias: Traits | None, dilation: int, dtype: str, generation: int) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d"](x, weight, bias, dilation)
     problem = _problem("causal_conv1d", x, weight, dtype, dilation)
-    conv = functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, _NOTHING, _Sequences(None, None), dilation)
+    conv = functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, _NOTHING, _ROWS, dilation)
     return _plan(problem, x.device, conv)
 
 
@@ -122,10 +122,10 @@ def _fused_plan(
     CHECKS["causal_conv1d_fused"](x, weight, bias, residual, state, cu_seqlens, dilation, activation)
     after, sequences = _After(activation, "none" if residual is None else "residual", residual), _Sequences(state, cu_seqlens)
     if after == _NOTHING:
-        problem = _problem("causal_conv1d", x, weight, dtype, dilation, state=state)
+        problem = _problem("causal_conv1d", x, weight, dtype, dilation, sequences=sequences)
     else:
         epilogue = "residual" if activation == "none" else activation
-        problem = _problem("causal_conv1d_fused", x, weight, dtype, dilation, epilogue, state)
+        problem = _problem("causal_conv1d_fused", x, weight, dtype, dilation, epilogue, sequences)
     return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation))
 
 
@@ -143,8 +143,8 @@ def _activation_grad_plan(
     generation: int,
 ) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d_activation_grad"](grad_y, x, weight, bias, state, cu_seqlens, dilation, activation)
-    problem = _problem("causal_conv1d_activation_grad", x, weight, dtype, dilation, activation, state)
     after, sequences = _After(activation, "grad_y", grad_y), _Sequences(state, cu_seqlens)
+    problem = _problem("causal_conv1d_activation_grad", x, weight, dtype, dilation, activation, sequences)
     return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation))
 
 
@@ -160,8 +160,8 @@ def _input_grad_plan(
 ) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d_input_grad"](grad_y, weight, dilation, residual, cu_seqlens)
     kind = "none" if residual is None else "residual"
-    problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, kind)
     after, sequences = _After("none", kind, residual), _Sequences(None, cu_seqlens)
+    problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, kind, sequences)
     return _plan(problem, grad_y.device, functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation))
 
 
@@ -216,9 +216,24 @@ class _Sequences(NamedTuple):
     cu_seqlens: Traits | None
 
     @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    def tiles(self, B: int, T: int, block_t: int) -> int:
+        """Of time, in all: the slots of `kernels/sequences.py` where sequences are packed."""
+        return T // block_t + max(1, self.cu_seqlens.shape[0] - 1) if self.cu_seqlens else B * cdiv(T, block_t)
+
+    def strides_between(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of a tensor, the first of them as the kernels count sequences: packed ones by the step at which they begin."""
+        return (strides[2], *strides[1:]) if self.cu_seqlens else strides
+
+    @property
     def numbers(self) -> tuple[int | None, ...]:
         """How many sequences are packed, and the strides of the state."""
         return (self.cu_seqlens.shape[0] - 1 if self.cu_seqlens else None, *(self.state.strides if self.state else (None,) * 3))
+
+
+_ROWS = _Sequences(None, None)
 
 
 def _conv(
@@ -244,15 +259,16 @@ def _conv(
     if sequences.state is None:
         shift = max(-T, min(shift, T))  # a tap further back than T sees zeros alone
     stride_bias = 0 if bias is None else bias.strides[0]
-    strides_of_extra = after.extra.strides if after.extra else (0, 0, 0)
+    x_strides, y_strides = sequences.strides_between(x.strides), sequences.strides_between(strides)
+    strides_of_extra = sequences.strides_between(after.extra.strides) if after.extra else (0, 0, 0)
     constants = (K, parts, bias is not None, after.activation, after.kind, _precision(problem, x.device))
-    tiles = B * cdiv(T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
+    tiles = sequences.tiles(B, T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
     # Device-side assertions for the values of cu_seqlens, but no arithmetic checked for overflow.
-    asserts: dict[str, Any] = {} if sequences.cu_seqlens is None else {"debug": True, "sanitize_overflow": False}
+    options: dict[str, Any] = {"debug": True, "sanitize_overflow": False} if sequences.packed else {}
     if config.path == "pointer":
-        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, **asserts)
+        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, **options)
         strides_of_weight = [weight.strides[axis] for axis in axes]
-        numbers = (T, c_in, c_out, shift, stride_bias, *x.strides, *strides_of_weight, *strides_of_extra, *strides, *sequences.numbers)
+        numbers = (T, c_in, c_out, shift, stride_bias, *x_strides, *strides_of_weight, *strides_of_extra, *y_strides, *sequences.numbers)
 
         def launch_pointers(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
             y = allocate()
@@ -261,21 +277,26 @@ def _conv(
 
         return launch_pointers
 
-    read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN)
+    read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed)
     read_weight, in_last = taps(weight, axes, parts, config.BLOCK_C_IN, config.BLOCK_C_OUT)
     described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
-    read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half) if described and after.extra else as_it_is
+    read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half, sequences.packed) if described and after.extra else as_it_is
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
-    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. Two inner loops cannot be flattened.
-    flatten = after.kind == "none" and sequences == (None, None)
-    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **asserts)
+    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots, or has
+    # two loops in it, cannot be flattened.
+    flatten = after.kind == "none" and sequences == _ROWS
+    # ptxas takes some registers more than for a batch, 133 of 128 with GELU and a residual. fp32 and a state would spill, at 1 program.
+    if sequences.packed and sequences.state is None and x.dtype.itemsize == 2:
+        options["maxnreg"] = min(255, 65_536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)
+    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **options)
     width = channels // parts_of_y
-    y_shape, y_strides, y_block = [B, T, parts_of_y, width], [strides[0], strides[2], width, 1], [1, config.BLOCK_T, 1, half]
-    numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *strides, *sequences.numbers)
+    steps = Rows.of(B, T, strides[0], strides[2], config.BLOCK_T, sequences.packed)
+    y_layout = [*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half]
+    numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *y_strides, *sequences.numbers)
 
     def launch_descriptors(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
         y = allocate()
-        out = TensorDescriptor(y, y_shape, y_strides, y_block) if described else y
+        out = TensorDescriptor(y, *y_layout) if described else y
         tma_kernel(read_x(x), read_weight(weight), bias, read_extra(extra), out, state, cu_seqlens, *numbers)
         return y
 
@@ -291,30 +312,31 @@ def _weight_grad_plan(
     if B * T == 0:
         return lambda grad_y, x, cu_seqlens: (empty_weight(x, c_out, c_in, kernel_size).zero_(), x.new_zeros(c_out))
     weight = x._replace(shape=torch.Size((c_out, c_in, kernel_size)))
-    problem = _problem("causal_conv1d_weight_grad", grad_y, weight, dtype, dilation)
-    return _plan(problem, x.device, functools.partial(_weight_grad, problem, grad_y, x, cu_seqlens, min(dilation, T)))
+    sequences = _Sequences(None, cu_seqlens)
+    problem = _problem("causal_conv1d_weight_grad", grad_y, weight, dtype, dilation, sequences=sequences)
+    return _plan(problem, x.device, functools.partial(_weight_grad, problem, grad_y, x, sequences, min(dilation, T)))
 
 
 def _weight_grad(
-    problem: Problem, grad_y: Traits, x: Traits, cu_seqlens: Traits | None, shift: int, config: Config
+    problem: Problem, grad_y: Traits, x: Traits, sequences: _Sequences, shift: int, config: Config
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     (B, c_out, T), c_in, kernel_size = grad_y.shape, x.shape[1], problem.kernel_size
     shares = cdiv(kernel_size, config.TAPS) * cdiv(c_in, config.BLOCK_C_IN)
-    tiles, steps = shares * cdiv(c_out, config.BLOCK_C_OUT), B * cdiv(T, config.BLOCK_T)
+    tiles, steps = shares * cdiv(c_out, config.BLOCK_C_OUT), sequences.tiles(B, T, config.BLOCK_T)
     filling = max(1, config.programs_per_sm * facts(x.device).multiprocessors // tiles)
     splits = min(steps, max(filling, cdiv(steps, _LONGEST_SUM)))
     direct = splits == 1
     constants = kernel_size, _precision(problem, x.device), direct
-    numbers: tuple[int | None, ...] = (B, T, c_in, c_out, shift, splits, _Sequences(None, cu_seqlens).numbers[0])
+    numbers: tuple[int | None, ...] = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
     read_grad_y: Callable[[Tensor], Any] = as_it_is
     read_x: Callable[[Tensor], Any] = as_it_is
     if config.path == "tma":
-        read_grad_y, grad_y_last = rows_or_columns(grad_y, config.BLOCK_T, config.BLOCK_C_OUT)
-        read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN)
+        read_grad_y, grad_y_last = rows_or_columns(grad_y, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed)
+        read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed)
         kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (*constants, grad_y_last), config, config.TAPS)
     else:
         kernel = Kernel(weight_grad_pointer_kernel, tiles * splits, constants, config, config.TAPS)
-        numbers += (*grad_y.strides, *x.strides)
+        numbers += (*sequences.strides_between(grad_y.strides), *sequences.strides_between(x.strides))
     reduce, weights = _reduction(splits, kernel_size * c_out * c_in, c_out), kernel_size * c_out * c_in
 
     def launch(grad_y: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -340,10 +362,13 @@ def _reduction(splits: int, weights: int, c_out: int) -> Kernel:
 # ---- the problem
 
 
-def _problem(op: str, x: Traits, weight: Traits, dtype: str, dilation: int, epilogue: str = "none", state: Traits | None = None) -> Problem:
+def _problem(
+    op: str, x: Traits, weight: Traits, dtype: str, dilation: int, epilogue: str = "none", sequences: _Sequences = _ROWS
+) -> Problem:
     (B, _, T), (c_out, c_in, K) = x.shape, weight.shape
-    reach = T if state is None else T + dilation  # a tap further back than T sees the state
-    aligned = facts(x.device).descriptors and describable(c_in, c_out, K, epilogue, x.dtype.itemsize, reach, dilation)
+    reach = T if sequences.state is None else T + dilation  # a tap further back than T sees the state
+    sizes = c_in, c_out, K, epilogue, x.dtype.itemsize, reach, dilation
+    aligned = facts(x.device).descriptors and describable(*sizes, sequences.packed)
     layout = "last" if is_channels_last(x.strides) else "first"
     return Problem(op, dtype, layout, aligned, epilogue, K, c_in, c_out, rounded_steps(B * T))
 

@@ -30,7 +30,7 @@ def fixed_name(name: str) -> Callable[[Any], str]:
 def conv_metadata(grid: tuple, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     """Of a launch of the convolution's kernel, by what it is told."""
     name = metadata.name.replace("causal_conv1d", "causal_conv1d_input_grad") if args["shift"] < 0 else metadata.name
-    x, steps = args["x"], args["x"].shape[0] * args["T"]
+    x, steps = args["x"], _tensor(args["x"]).shape[0] * args["T"]
     return {
         "name": name,
         _flops(x): 2 * steps * args["c_in"] * args["c_out"] * args["K"],
@@ -60,7 +60,7 @@ def _flops(x: Any) -> str:
 
 
 def _bytes(value: Any) -> int:
-    return 0 if value is None else math.prod(value.shape) * _tensor(value).element_size()
+    return 0 if value is None else math.prod(_tensor(value).shape) * _tensor(value).element_size()
 
 
 def _tensor(value: Any) -> Any:

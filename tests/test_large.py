@@ -1,4 +1,4 @@
-"""Sizes that only a GPU holds, beside those of test_launch.py: a sum of 2^31 partial ones, a million steps, dilations up to T."""
+"""Sizes that only a GPU holds, beside those of test_launch.py: 2^31 partial sums or look-ups, a million steps, dilations up to T."""
 
 import pytest
 import torch
@@ -36,6 +36,27 @@ def test_more_than_2_31_partial_sums(alone, device):
     assert grad_weight.isfinite().all()
     want = grad_y[0].double().sum(1)
     assert (grad_bias.double() - want).norm() <= 2**-7 * want.norm()
+
+
+def test_more_than_2_31_look_ups(alone, device):
+    """Of bytes: the last steps as when they are alone, and gradients that counts of bytes tell."""
+    T, channels, K, V = 2**23 + 77, 256, 3, 256
+    ids = torch.randint(V, (1, T), device=device, dtype=torch.uint8)
+    embedding, weight = (torch.randn(shape, device=device).bfloat16() for shape in ((V, channels), (channels, channels, K)))
+    arguments = embedding, weight, None, 1, "none"
+    y = torch.ops.fuzzytok.byte_causal_conv1d(ids, *arguments)
+    assert torch.equal(y[:, :, -1000:], torch.ops.fuzzytok.byte_causal_conv1d(ids[:, -1002:], *arguments)[:, :, 2:])
+    del y
+    grad_y = torch.ones((), device=device, dtype=torch.bfloat16).expand(1, channels, T)
+    grad_embedding, grad_weight, grad_bias = torch.ops.fuzzytok.byte_causal_conv1d_grad(grad_y, ids, *arguments)
+    counts = torch.stack([ids[0, : T - k].long().bincount(minlength=V) for k in range(K)]).double()  # [K, V]
+    want = {
+        "embedding": (grad_embedding, counts[0][:, None] + torch.einsum("kv,oik->vi", counts, weight.double())),
+        "weight": (grad_weight, torch.einsum("kv,vi->ik", counts, embedding.double()).expand(channels, -1, -1)),
+        "bias": (grad_bias, torch.full((channels,), float(T), device=device).double()),
+    }
+    for name, (got, value) in want.items():
+        assert (got.double() - value).norm() <= 2**-7 * value.norm(), name
 
 
 MILLION = 1_000_000

@@ -1,8 +1,9 @@
-"""The first block of a byte model: `y[t] = e[id_t] + activation(bias + sum_k table[id_{t-k*d}, k])`, look-ups and no product over time.
+"""The first block of a byte model: `y[t] = e[id_t] + activation(sum_k table[id_{t-k*d}, k])`, look-ups and no product over time.
 
-Bound by writing y and, with a costly activation, by its instructions; the table has to come from L1. So a program keeps to few channels,
-whose part of the table fits there (131 kB for 32 channels, three taps and 256 ids, in fp32), and goes through time.
-An id that has no row makes NaN of its own step, and counts as nothing for later ones: nothing is read out of bounds, nothing waits.
+Bound by its instructions and by writing y; the table has to come from L1. So a program keeps to the channels of one line of 128 bytes,
+whose part of the table fits there (131 kB for 64 channels in 16 bits, three taps and 256 ids), and goes through time.
+An id that has no row makes NaN of its own step, and counts as nothing for later ones: nothing is read out of bounds, nothing waits. The
+last row of the table is both, so that no look-up has a mask for steps.
 """
 
 import triton
@@ -18,128 +19,89 @@ from fuzzytok_kernels.profile import fixed_name, moved_metadata
     launch_metadata=moved_metadata,
 )
 def byte_conv_kernel(
-    ids, table, bias, cu_seqlens, y, B, T, n_ids, channels, dilation, n_sequences, n_searches,
-    stride_ib, stride_it, stride_bias, stride_s,
+    ids, table, cu_seqlens, y, B, T, n_ids, channels, dilation, n_sequences, n_searches, stride_ib, stride_it, stride_s,
     WIDE: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """ids (B, T), table [V, K * C_out + C], bias (C_out,) or None, cu_seqlens or None -> y contiguous [B, T, C].
+    """ids (B, T), table [V + 1, K * C_out + C], cu_seqlens or None -> y contiguous [B, T, C].
 
-    Persistent: as many programs as a multiple of the blocks of 2 * BLOCK_C channels. Two blocks share what leads to their rows, a
-    quarter of all instructions. Offsets are 64-bit, and steps if WIDE.
+    Persistent: as many programs as a multiple of the blocks of 2 * BLOCK_C channels. Two blocks share what leads to their rows, a fifth of
+    all instructions. Steps and offsets have 64 bits if WIDE, else 32: in 64, addresses took almost half.
     """
     n_c, n_t = tl.cdiv(channels, 2 * BLOCK_C), tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
-    left = pid % n_c * 2 * BLOCK_C + tl.arange(0, BLOCK_C)
-    right = left + BLOCK_C
-    left_biases = biases(bias, left, channels, stride_bias, PARTS)
-    right_biases = biases(bias, right, channels, stride_bias, PARTS)
+    c = pid % n_c * 2 * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns, out_columns = table + c, y + c
     for tile in range(pid // n_c, B * n_t, tl.num_programs(0) // n_c):
-        b = (tile // n_t).to(tl.int64)
-        step = (tile % n_t).to(tl.int64 if WIDE else tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
+        b = (tile // n_t).to(tl.int64 if WIDE else tl.int32)
+        step = (tile % n_t).to(b.dtype) * BLOCK_T + tl.arange(0, BLOCK_T)
         row, t = ids + b * stride_ib, tl.minimum(step, T - 1)
         first = first_step(t, cu_seqlens, n_sequences, n_searches, stride_s)
-        rows, seen = sources(row, t, first, n_ids, dilation, stride_it, K)
-        left_y = _block(
-            table, left_biases, left, rows, seen, row, t, first, n_ids, channels, dilation,
-            stride_it, K, PARTS, ACTIVATION, BLOCK_T, BLOCK_C,
-        )  # fmt: skip
-        right_y = _block(
-            table, right_biases, right, rows, seen, row, t, first, n_ids, channels, dilation,
-            stride_it, K, PARTS, ACTIVATION, BLOCK_T, BLOCK_C,
-        )  # fmt: skip
-        out, inside = y + (b * T + step[:, None]) * channels, (step < T)[:, None]
-        tl.store(out + left[None, :], left_y.to(y.dtype.element_ty), mask=inside & (left < channels)[None, :])
-        tl.store(out + right[None, :], right_y.to(y.dtype.element_ty), mask=inside & (right < channels)[None, :])
+        rows = sources(row, t, first, n_ids, dilation, stride_it, K)
+        out, inside = ((b * T + step) * channels)[:, None], (step < T)[:, None]
+        for half in tl.static_range(0, 2 * BLOCK_C, BLOCK_C):
+            value = _block(columns + half, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS, ACTIVATION)
+            tl.store((out_columns + half)[None, :] + out, value.to(y.dtype.element_ty), mask=inside & (c + half < channels)[None, :])
 
 
 @triton.jit
 def _block(
-    table, starts, c, rows, seen, row, t, first, n_ids, channels, dilation, stride_it,
-    K: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    columns, rows, row, t, first, n_ids, channels, dilation, stride_it, K: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr
+):
     """[T, C] of y, in fp32."""
-    known = seen[0][:, None] & (c < channels)[None, :]
-    e = tl.load(table + rows[0][:, None] * ((K * PARTS + 1) * channels) + K * PARTS * channels + c[None, :], mask=known, other=float("nan"))
-    p = pre_activation(
-        table, starts, 0, c, rows, seen, row, t, first, n_ids, channels, dilation,
-        stride_it, K, PARTS, BLOCK_T, BLOCK_C,
-    )  # fmt: skip
+    e = looked_up(columns + K * PARTS * channels, rows[0], channels, K, PARTS)
+    p = _pre_activation(columns, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS)
     if PARTS == 2:
-        by = pre_activation(
-            table, starts, 1, c, rows, seen, row, t, first, n_ids, channels, dilation,
-            stride_it, K, PARTS, BLOCK_T, BLOCK_C,
-        )  # fmt: skip
+        by = _pre_activation(columns + channels, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS)
         return e + gate(p, by, ACTIVATION)
     else:
         return e + activate(p, ACTIVATION)
 
 
 @triton.jit
-def biases(bias, c, channels, stride_bias, PARTS: tl.constexpr):
-    """The bias of channels c, in fp32, for each part [C] of the output channels."""
-    starts = ()
-    for part in tl.static_range(PARTS):
-        if bias is None:
-            start = tl.zeros([c.shape[0]], tl.float32)
-        else:
-            o = part * channels + c.to(tl.int64)
-            start = tl.load(bias + o * stride_bias, mask=c < channels, other=0.0).to(tl.float32)
-        starts = starts + (start,)  # type: ignore[assignment]
-    return starts
-
-
-@triton.jit
-def sources(row, t, first, n_ids, dilation, stride_it, K: tl.constexpr):
-    """For each of up to 8 taps what it reads: the ids [T] and where there is one. Of more taps, the first."""
-    v, known = id_at(row, t, n_ids, stride_it)
-    rows, seen = (v,), (known,)
-    for k in tl.static_range(1, K if K <= 8 else 1):
-        v, known = _id_back(row, t, k, first, n_ids, dilation, stride_it)
-        rows, seen = rows + (v,), seen + (known,)  # type: ignore[assignment]
-    return rows, seen
-
-
-@triton.jit
-def pre_activation(
-    table, starts, part: tl.constexpr, c, rows, seen, row, t, first, n_ids, channels, dilation, stride_it,
-    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """[T, C] in fp32: the bias, from `starts`, and K look-ups; `part` 1 are the channels of a gate."""
-    within = c < channels
-    width = (K * PARTS + 1) * channels
-    o = part * channels + c
-    p = tl.broadcast_to(starts[part][None, :], [BLOCK_T, BLOCK_C])
+def _pre_activation(columns, rows, row, t, first, n_ids, channels, dilation, stride_it, K: tl.constexpr, PARTS: tl.constexpr):
+    """[T, C] in fp32: K look-ups, the bias among them."""
+    p = looked_up(columns, rows[0], channels, K, PARTS)
     if K <= 8:  # unrolled, so that all look-ups are under way at once
-        for k in tl.static_range(K):
-            p += _looked_up(table, rows[k], seen[k], k * PARTS * channels + o, within, width)
+        for k in tl.static_range(1, K):
+            p += looked_up(columns + k * PARTS * channels, rows[k], channels, K, PARTS)
     else:
-        for k in range(K):
-            v, known = _id_back(row, t, k, first, n_ids, dilation, stride_it)
-            p += _looked_up(table, v, known, k * PARTS * channels + o, within, width)
+        for k in range(1, K):
+            p += looked_up(columns + k * PARTS * channels, row_back(row, t, k, first, n_ids, dilation, stride_it), channels, K, PARTS)
     return p
 
 
 @triton.jit
-def _looked_up(table, v, known, columns, within, width):
-    """[T, C]: what the ids add; nothing where there is none."""
-    return tl.load(table + v[:, None] * width + columns[None, :], mask=known[:, None] & within[None, :], other=0.0)
+def looked_up(columns, rows, channels, K: tl.constexpr, PARTS: tl.constexpr):
+    """[T, C] in fp32, from where row 0 of the table has these columns. Without a mask: columns that there are not are those of the next
+    row, or lie in what the launcher allocates behind the last one."""
+    value = tl.load(columns[None, :] + (rows * ((K * PARTS + 1) * channels))[:, None])
+    if value.dtype == tl.bfloat16:  # of two in a register the upper takes one instruction so, and the compiler's own conversion two
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
 
 
 @triton.jit
-def _id_back(row, t, k, first, n_ids, dilation, stride_it):
-    """[T]: the ids k*d steps back, and where there is one that has a row and is of the same sequence."""
+def sources(row, t, first, n_ids, dilation, stride_it, K: tl.constexpr):
+    """For each of up to 8 taps the row of the table [T] that it looks up. Of more taps, the first's."""
+    rows = (row_of(row, t, n_ids, stride_it),)
+    for k in tl.static_range(1, K if K <= 8 else 1):
+        rows = rows + (row_back(row, t, k, first, n_ids, dilation, stride_it),)  # type: ignore[assignment]
+    return rows
+
+
+@triton.jit
+def row_back(row, t, k, first, n_ids, dilation, stride_it):
+    """[T]: the table's rows of the ids k*d steps back, its last where that is another sequence's step."""
     source = t - k * tl.cast(dilation, t.dtype)
     seen = source >= first
-    v, known = id_at(row, tl.where(seen, source, t), n_ids, stride_it)
-    return v, seen & known
+    return tl.where(seen, row_of(row, tl.where(seen, source, t), n_ids, stride_it), n_ids)
 
 
 @triton.jit
-def id_at(row, t, n_ids, stride_it):
-    """[T]: the ids at steps t, and whether they have a row in the table."""
-    v = tl.load(row + t.to(tl.int64) * stride_it)
-    wide = v.to(tl.int32) if v.dtype == tl.uint8 else v
-    return v.to(tl.int32).to(tl.int64), (wide >= 0) & (wide < n_ids)
+def row_of(row, t, n_ids, stride_it):
+    """[T]: the table's rows of the ids at steps t, its last for ids that have none. In 64 bits where steps are."""
+    return tl.minimum(tl.load(row + t * stride_it).to(tl.uint64), n_ids).to(t.dtype)
 
 
 @triton.jit

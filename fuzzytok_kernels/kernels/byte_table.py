@@ -1,7 +1,10 @@
-"""The table that the look-ups read, [V, K * C_out + C] in fp32, and the gradients of what it is made of: small products over the ids.
+"""The table that the look-ups read, [V + 1, K * C_out + C], and the gradients of what it is made of: small products over the ids.
 
-Its columns are what each tap makes of an id, and behind them the embedding itself. In fp32, since rounded it would cost the error rule: a
-pre-activation near 0 would change its sign before ReLU, and each of K look-ups would add an error such as PyTorch makes once.
+Its columns are what each tap makes of an id, the bias in those of tap 0, and behind them the embedding itself. Its last row is that of no
+id: it adds nothing, and its own step is NaN.
+The forward reads it in the dtype of the embedding: K entries, each about p / sqrt(K), are together as far off as a p that PyTorch rounds
+once, and PyTorch rounds the activation and the sum besides. The backward reads it in fp32: rounded, a pre-activation near 0 would change
+its sign before ReLU, which PyTorch's never does.
 """
 
 import triton
@@ -13,10 +16,13 @@ from fuzzytok_kernels.profile import fixed_name
 
 @triton.jit(repr=fixed_name("byte_causal_conv1d_table"))
 def table_kernel(
-    embedding, weight, table, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk,
+    embedding, weight, bias, table, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk, stride_bias,
     K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """embedding (V, C_in), weight (C_out, C_in, K) -> table. A program makes one block of one tap, or copies one of the embedding."""
+    """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table.
+
+    A program makes one block of one tap, or copies one of the embedding.
+    """
     n_o = tl.cdiv(c_out, BLOCK_O)
     n_columns = K * n_o + tl.cdiv(channels, BLOCK_O)
     pid = tl.program_id(0)
@@ -36,14 +42,17 @@ def table_kernel(
                 other=0.0,
             )
             value = dot(e, w, value, PRECISION)
+        if bias is not None:
+            start = tl.load(bias + o * stride_bias, mask=o < tl.where(k == 0, c_out, 0), other=0.0).to(tl.float32)
+            value += tl.where((v < n_ids)[:, None], start[None, :], 0.0)
     else:
         o += (k - K) * n_o * BLOCK_O  # C may be below or above a multiple of C_out's blocks
         within = o < channels
         value = tl.load(
-            embedding + v[:, None] * stride_ev + o[None, :] * stride_ec, mask=(v < n_ids)[:, None] & within[None, :], other=0.0
+            embedding + v[:, None] * stride_ev + o[None, :] * stride_ec, mask=(v < n_ids)[:, None] & within[None, :], other=float("nan")
         ).to(tl.float32)
     out = table + v[:, None] * (K * c_out + channels) + tl.minimum(k, K) * c_out + o[None, :]
-    tl.store(out, value, mask=(v < n_ids)[:, None] & within[None, :])
+    tl.store(out, value.to(table.dtype.element_ty), mask=(v <= n_ids)[:, None] & within[None, :])
 
 
 @triton.jit(repr=fixed_name("byte_causal_conv1d_embedding_grad"))
@@ -66,7 +75,7 @@ def embedding_grad_kernel(
             mask=(o < c_out)[:, None] & (i < channels)[None, :],
             other=0.0,
         )
-        value = dot(grad, w.to(tl.float32), value, PRECISION)
+        value = tl.dot(grad, w.to(tl.float32), value, input_precision=PRECISION)
     value += tl.load(row + K * c_out + i[None, :], mask=mask, other=0.0)
     tl.store(grad_embedding + v[:, None] * channels + i[None, :], value.to(grad_embedding.dtype.element_ty), mask=mask)
 
@@ -96,7 +105,7 @@ def tap_grad_kernel(
         e = tl.load(  # [V, C_in]
             embedding + v[:, None] * stride_ev + i[None, :] * stride_ec, mask=(v < n_ids)[:, None] & (i < channels)[None, :], other=0.0
         )
-        value = dot(grad, e.to(tl.float32), value, PRECISION)
+        value = tl.dot(grad, e.to(tl.float32), value, input_precision=PRECISION)
         total += tl.sum(grad, axis=1)
     out = grad_weight + (k * c_out + o[:, None]) * channels + i[None, :]
     tl.store(out, value.to(grad_weight.dtype.element_ty), mask=(o < c_out)[:, None] & (i < channels)[None, :])

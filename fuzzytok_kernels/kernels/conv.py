@@ -7,8 +7,8 @@ product has; `shift` is the dilation, negative for the input-grad.
 A gate has c_out / 2 channels of values and as many of gates (PARTS = 2, else 1). A tile's columns are then half values, half the gates of
 the same channels. `extra` is nothing, the residual to be added, or the gradient of the block's output (EXTRA).
 
-Where there are `cu_seqlens` (with one row in the batch) or a `state` [N, C_in, (K - 1) * shift], one row a sequence, the tiles near a
-sequence's beginning mask their rows and read the state; all others run as if there were neither.
+Where there are `cu_seqlens`, a tile is of one sequence (see `sequences.py`), and T in what follows is that sequence's. Where there is a
+`state` [N, C_in, (K - 1) * shift], oldest step first and one row a sequence, the tiles that look beyond a sequence's beginning read it.
 """
 
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot
-from fuzzytok_kernels.kernels.sequences import assert_sequences, is_near, room, touched
+from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, place, row_length, sequence_of
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
 
@@ -30,63 +30,61 @@ def conv_tma_kernel(
 ):  # fmt: skip
     """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, PARTS, C_out/PARTS, C_in] (IN_LAST) or [K, C_in, C_out].
 
-    extra [B, T, C] and y [B, T, parts, C] are descriptors too (Y_DESCRIBED), or else pointers.
+    extra [B, T, C] and y [B, T, parts, C] are descriptors too (Y_DESCRIBED), or else pointers. Where there are `cu_seqlens`, descriptors
+    have a side, a bound and a step in place of [B, T], and pointers one step as stride_eb and stride_yb.
     """
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
-    n_ci, n_co, n_t = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH), tl.cdiv(T, BLOCK_T)
-    if cu_seqlens is not None and tl.program_id(0) == tl.num_programs(0) - 1:  # which has no more tiles than another
-        assert_sequences(cu_seqlens, n_sequences, T)
+    n_ci, n_co = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH)
+    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
     for tile in tl.range(tl.program_id(0), B * n_t * n_co, tl.num_programs(0), flatten=FLATTEN):
         c = tile % n_co * WIDTH
         t = tile // n_co % n_t * BLOCK_T
         b = tile // n_co // n_t
-        acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
-        if cu_seqlens is None and state is None:
-            acc = _add_taps(
-                acc, x, weight, b, t, c, n_ci, shift, None, None, None, c_in, stride_sn, stride_sc, stride_st,
-                K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
-            )  # fmt: skip
-        else:
-            low, high, near = _near(cu_seqlens, n_sequences, t, shift, K, BLOCK_T)
-            if near | (x.dtype.primitive_bitwidth == 32):  # whose rows pass the registers anyway, and two loops' blocks do not fit
-                steps, sequence = _room(cu_seqlens, n_sequences, low, high, b, t, shift, BLOCK_T)
+        side, n = None, b
+        if cu_seqlens is not None:
+            n = sequence_of(tile // n_co, cu_seqlens, n_sequences, T, BLOCK_T)
+            start, length, first = place(tile // n_co, n, cu_seqlens, n_sequences, T, BLOCK_T)
+            side, b, t = bounded(start, length, first, shift, BLOCK_T)
+        if cu_seqlens is None or first < length:
+            acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
+            # 32-bit rows pass the registers anyway, and two loops' blocks do not fit.
+            if state is not None and ((x.dtype.primitive_bitwidth == 32) | (t < (K - 1) * shift)):
                 acc = _add_taps(
-                    acc, x, weight, b, t, c, n_ci, shift, steps, sequence, state, c_in, stride_sn, stride_sc, stride_st,
+                    acc, x, weight, side, b, t, c, n_ci, shift, state, n, c_in, stride_sn, stride_sc, stride_st,
                     K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
                 )  # fmt: skip
             else:
                 acc = _add_taps(
-                    acc, x, weight, b, t, c, n_ci, shift, None, None, None, c_in, stride_sn, stride_sc, stride_st,
+                    acc, x, weight, side, b, t, c, n_ci, shift, None, n, c_in, stride_sn, stride_sc, stride_st,
                     K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
                 )  # fmt: skip
-        _finish(
-            acc, bias, extra, y, b, t, c, T, channels, stride_bias,
-            stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
-            PARTS, HAS_BIAS, ACTIVATION, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
-        )  # fmt: skip
+            _finish(
+                acc, bias, extra, y, side, b, t, c, T, channels, stride_bias,
+                stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+                PARTS, HAS_BIAS, ACTIVATION, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
+            )  # fmt: skip
+    # By the program that has no more tiles than another; behind them, for 128 bytes of local memory were taken where it stood before.
+    if cu_seqlens is not None and tl.program_id(0) == tl.num_programs(0) - 1:
+        assert_sequences(cu_seqlens, n_sequences, T)
 
 
 @triton.jit
 def _add_taps(
-    acc, x, weight, b, t, c, n_ci, shift, steps, sequence, state, c_in, stride_sn, stride_sc, stride_st,
+    acc, x, weight, side, b, t, c, n_ci, shift, state, n, c_in, stride_sn, stride_sc, stride_st,
     K: tl.constexpr, PRECISION: tl.constexpr, IN_LAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
-    """`acc` and the products of all taps; a row sees `steps` [T] steps and then its sequence's state or zeros, or all there is (None)."""
+    """`acc` and the products of all taps; before step 0 lies row n of the state, or zeros (None)."""
     STAGES: tl.constexpr = None if state is None else 2  # what a gather of rows leaves room for
     for i in tl.range(K * n_ci, num_stages=STAGES):
         k = i % K  # taps innermost: the rows of one channel block are read again while hot (46.4 -> 41.7 us at C=256 on an H100)
         ci = i // K * BLOCK_C_IN
-        rows = x.load([b, t - k * shift, ci]).reshape(BLOCK_T, BLOCK_C_IN)  # zeros outside 0 <= t < T, by the hardware
-        if steps is not None:
-            own = (k * tl.abs(shift) <= steps)[:, None]
-            if state is None:
-                rows = tl.where(own, rows, 0.0)
-            else:
-                rows = tl.where(
-                    own, rows, _past(state, sequence, steps, k, ci, c_in, shift, stride_sn, stride_sc, stride_st, K, BLOCK_C_IN)
-                )
+        rows = load(x, side, b, t - k * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)  # zeros outside 0 <= t < T, by the hardware
+        if state is not None:
+            source = t - k * tl.cast(shift, tl.int64) + tl.arange(0, BLOCK_T)
+            past = _past(state, n, source, ci, c_in, shift, stride_sn, stride_sc, stride_st, K, BLOCK_C_IN)
+            rows = tl.where((source >= 0)[:, None], rows, past)
         if IN_LAST:
             tap = weight.load([k, 0, c, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
         else:
@@ -103,46 +101,45 @@ def conv_pointer_kernel(
     K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
-    """One output tile a program, any strides and any alignment; offsets are 64-bit, one grid axis counts all tiles."""
+    """One output tile a program, any strides and any alignment; offsets are 64-bit, one grid axis counts all tiles.
+
+    Where there are `cu_seqlens`, stride_xb, stride_eb and stride_yb are one step.
+    """
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
     n_co, n_t = tl.cdiv(channels, WIDTH), tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0)
     first_c, first_t, b = tile % n_co * WIDTH, tile // n_co % n_t * BLOCK_T, tile // n_co // n_t
-    if cu_seqlens is not None and tile == tl.num_programs(0) - 1:
-        assert_sequences(cu_seqlens, n_sequences, T)
-    acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
-    if cu_seqlens is None and state is None:
-        acc = _add_taps_by_pointers(
-            acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, None, None, None,
-            stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
-            K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+    n = b
+    if cu_seqlens is not None:
+        if tile == tl.num_programs(0) - 1:
+            assert_sequences(cu_seqlens, n_sequences, T)
+        n = sequence_of(tile // n_co, cu_seqlens, n_sequences, T, BLOCK_T)
+        b, T, first_t = place(tile // n_co, n, cu_seqlens, n_sequences, T, BLOCK_T)
+    if cu_seqlens is None or first_t < T:
+        acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
+        if state is not None and first_t < (K - 1) * tl.cast(shift, tl.int64):
+            acc = _add_taps_by_pointers(
+                acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, state, n,
+                stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
+                K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+            )  # fmt: skip
+        else:
+            acc = _add_taps_by_pointers(
+                acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, None, n,
+                stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
+                K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+            )  # fmt: skip
+        _finish(
+            acc, bias, extra, y, None, b, first_t, first_c, T, channels, stride_bias,
+            stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+            PARTS, HAS_BIAS, ACTIVATION, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
         )  # fmt: skip
-    else:
-        low, high, near = _near(cu_seqlens, n_sequences, first_t, shift, K, BLOCK_T)
-        steps, sequence = _room(cu_seqlens, n_sequences, low, high, b, first_t, shift, BLOCK_T)
-        if near & (state is not None):
-            acc = _add_taps_by_pointers(
-                acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, steps, sequence, state,
-                stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
-                K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
-            )  # fmt: skip
-        else:  # for all tiles alike: the loads have masks in any case
-            acc = _add_taps_by_pointers(
-                acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, steps, None, None,
-                stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
-                K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
-            )  # fmt: skip
-    _finish(
-        acc, bias, extra, y, b, first_t, first_c, T, channels, stride_bias,
-        stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
-        PARTS, HAS_BIAS, ACTIVATION, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
-    )  # fmt: skip
 
 
 @triton.jit
 def _add_taps_by_pointers(
-    acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, steps, sequence, state,
+    acc, x, weight, b, first_t, first_c, T, c_in, channels, shift, state, n,
     stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi, stride_sn, stride_sc, stride_st,
     K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
@@ -159,16 +156,13 @@ def _add_taps_by_pointers(
         c = i // K * BLOCK_C_IN + tl.arange(0, BLOCK_C_IN).to(tl.int64)
         source = t - k * tl.cast(shift, tl.int64)
         causal = (source >= 0) & (source < T)  # Eq. 7; the upper end is the input-grad's
-        if steps is not None:
-            causal &= k * tl.abs(tl.cast(shift, tl.int64)) <= steps
         clamped = tl.where(causal, source, 0)  # Eq. 8: no address outside the tensor is ever formed
         rows = tl.load(  # [T, C_in]
             row + clamped[:, None] * stride_xt + c[None, :] * stride_xc, mask=causal[:, None] & (c < c_in)[None, :], other=0.0
         )
         if state is not None:
-            ci = i // K * BLOCK_C_IN
-            past = _past(state, sequence, steps, k, ci, c_in, shift, stride_sn, stride_sc, stride_st, K, BLOCK_C_IN)
-            rows = tl.where(causal[:, None], rows, past)
+            past = _past(state, n, source, i // K * BLOCK_C_IN, c_in, shift, stride_sn, stride_sc, stride_st, K, BLOCK_C_IN)
+            rows = tl.where((source >= 0)[:, None], rows, past)
         tap = tl.load(  # [C_in, C_out]
             weight + k * tl.cast(stride_wk, tl.int64) + c[:, None] * stride_wi + o[None, :] * stride_wo,
             mask=(c < c_in)[:, None] & (within < channels)[None, :],
@@ -179,37 +173,18 @@ def _add_taps_by_pointers(
 
 
 @triton.jit
-def _near(cu_seqlens, n_sequences, t, shift, K: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The sequences that the steps t to t + BLOCK_T touch, and whether a row would see beyond its own; a row of a batch is one."""
-    history = (K - 1) * tl.abs(tl.cast(shift, tl.int64))
-    if cu_seqlens is None:
-        return 0, 0, t < history
-    else:
-        low, high = touched(cu_seqlens, n_sequences, t, BLOCK_T)
-        return low, high, is_near(cu_seqlens, low, high, t, shift, history, BLOCK_T)
-
-
-@triton.jit
-def _room(cu_seqlens, n_sequences, low, high, b, t, shift, BLOCK_T: tl.constexpr):
-    """`room` of these rows, for a batch too."""
-    if cu_seqlens is None:
-        return t + tl.arange(0, BLOCK_T), tl.full([BLOCK_T], 0, tl.int32) + b
-    else:
-        return room(cu_seqlens, n_sequences, low, high, t, shift, BLOCK_T)
-
-
-@triton.jit
-def _past(state, sequence, steps, k, ci, c_in, shift, stride_sn, stride_sc, stride_st, K: tl.constexpr, BLOCK_C_IN: tl.constexpr):
-    """[T, C_in] of the state [N, C_in, history], oldest step first: what tap k sees where that is beyond `steps`."""
-    back = k * tl.cast(shift, tl.int64) - steps
+def _past(state, n, source, ci, c_in, shift, stride_sn, stride_sc, stride_st, K: tl.constexpr, BLOCK_C_IN: tl.constexpr):
+    """[T, C_in] of row n of the state, of the steps `source` [T] that lie before step 0; zeros for all others."""
+    step = (K - 1) * tl.cast(shift, tl.int64) + source
     c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
-    row = sequence.to(tl.int64) * stride_sn + ((K - 1) * tl.cast(shift, tl.int64) - back) * stride_st
-    return tl.load(state + row[:, None] + c[None, :] * stride_sc, mask=(back > 0)[:, None] & (c < c_in)[None, :], other=0.0)
+    row = n.to(tl.int64) * stride_sn + step * stride_st
+    mask = ((source < 0) & (step >= 0))[:, None] & (c < c_in)[None, :]
+    return tl.load(state + row[:, None] + c[None, :] * stride_sc, mask=mask, other=0.0)
 
 
 @triton.jit
 def _finish(
-    acc, bias, extra, y, b, t, c, T, channels, stride_bias,
+    acc, bias, extra, y, side, b, t, c, T, channels, stride_bias,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, DESCRIBED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
@@ -227,27 +202,27 @@ def _finish(
         right += _bias(bias, part, right_c, channels, stride_bias, HALF)
     if PARTS == 1:
         if EXTRA != "none":
-            more = _read(extra, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+            more = _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
             left = _with_extra(left, more, ACTIVATION, EXTRA)
         else:
             left = activate(left, ACTIVATION)
-        _write(left, y, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(left, y, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
         if EXTRA != "none":
-            more = _read(extra, b, t, right_c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+            more = _read(extra, side, b, t, right_c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
             right = _with_extra(right, more, ACTIVATION, EXTRA)
         else:
             right = activate(right, ACTIVATION)
-        _write(right, y, b, t, 0, right_c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(right, y, side, b, t, 0, right_c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     elif EXTRA == "grad_y":
-        grad = _read(extra, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+        grad = _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
         left, right = gate_grads(left, right, grad, ACTIVATION)
-        _write(left, y, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
-        _write(right, y, b, t, 1, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(left, y, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(right, y, side, b, t, 1, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     else:
         out = gate(left, right, ACTIVATION)
         if EXTRA == "residual":
-            out += _read(extra, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
-        _write(out, y, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+            out += _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+        _write(out, y, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
 
 
 @triton.jit
@@ -267,30 +242,50 @@ def _bias(bias, part, c, channels, stride_bias, HALF: tl.constexpr):
 
 
 @triton.jit
-def _read(x, b, t, c, T, channels, stride_b, stride_c, stride_t, DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+def _read(
+    x, side, b, t, c, T, channels, stride_b, stride_c, stride_t, DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
     """[T, C], zeros or anything outside the tensor."""
     if DESCRIBED:
-        return x.load([b, t, c]).reshape(BLOCK_T, HALF).to(tl.float32)
+        return load(x, side, b, t, c).reshape(BLOCK_T, HALF).to(tl.float32)
     else:
-        offsets, inside = _block(b, t, 0, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+        offsets, inside = _block(side, b, t, 0, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _write(
-    value, y, b, t, part, c, T, channels, stride_b, stride_c, stride_t, DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr
+    value,
+    y,
+    side,
+    b,
+    t,
+    part,
+    c,
+    T,
+    channels,
+    stride_b,
+    stride_c,
+    stride_t,
+    DESCRIBED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HALF: tl.constexpr,
 ):
-    if DESCRIBED:
+    if DESCRIBED and side is None:
         y.store([b, t, part, c], value.to(y.dtype).reshape(1, BLOCK_T, 1, HALF))
+    elif DESCRIBED:
+        y.store([side, b, t, part, c], value.to(y.dtype).reshape(1, 1, BLOCK_T, 1, HALF))
     else:
-        offsets, inside = _block(b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+        offsets, inside = _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         tl.store(y + offsets, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _block(b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+def _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
     """Offsets [T, C], 64-bit, and which of them are inside."""
     steps, within = t + tl.arange(0, BLOCK_T).to(tl.int64), c + tl.arange(0, HALF).to(tl.int64)
     o = part * channels + within
-    offsets = b.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
-    return offsets, (steps < T)[:, None] & (within < channels)[None, :]
+    row = b if side is None else b - side
+    offsets = row.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
+    inside = steps < T if side is None else (steps >= 0) & (steps < row_length())  # as the hardware bounds a descriptor's
+    return offsets, inside[:, None] & (within < channels)[None, :]

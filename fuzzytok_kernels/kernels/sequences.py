@@ -1,8 +1,15 @@
-"""Where the sequences of a packed batch begin, and what a tile's rows may see of the steps around them.
+"""Which sequence of a packed batch a tile is of, and what bounds it there.
 
 `cu_seqlens` (N + 1,) is int32, never decreasing, from 0 to T: sequence n is the steps from its number n up to its number n + 1, maybe none.
-Whatever else it holds, no address outside it, or outside the initial state, is formed of it. CHUNK of its boundaries are looked at
-together: a search in one load, not in a chain of ten.
+Whatever else it holds, no address outside it, the batch or the initial state is formed of it.
+
+Tiles are counted from each sequence's own beginning, in slots of time: sequence n has those from `cu_seqlens[n] // BLOCK_T + n` on, enough
+wherever it begins, of which one at most is empty; T // BLOCK_T + N in all.
+
+For pointers the batch is a row for each sequence: of `length` steps, `start` times the stride of a step away. A descriptor cannot know the
+lengths: its rows are all SIDE steps long and begin, or end, at any step, so that the hardware bounds the steps on that side: [side, bound,
+step, C], of the strides [-s, s, s, 1], with side = 0 for a row that begins with the step `bound`, and side = SIDE for one that ends there.
+The stride -s is 2**34 - s, which SIDE = 2**30 makes the same in 64 bits.
 """
 
 import triton
@@ -10,58 +17,72 @@ import triton.language as tl
 
 
 @triton.jit
-def touched(cu_seqlens, n_sequences, t, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 1024):
-    """The sequence that step t is in, and the first one that begins behind the steps t to t + BLOCK_T."""
-    begun, within = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.int32)
-    for i in range(0, n_sequences, CHUNK):
-        start = _starts(cu_seqlens, n_sequences, i, 2147483647, CHUNK)
-        begun += (start <= t).to(tl.int32)
-        within += (start < t + BLOCK_T).to(tl.int32)
-    return tl.maximum(tl.sum(begun), 1) - 1, tl.sum(within)
+def row_length():
+    """The steps of a row that a descriptor reads: SIDE, as above. A function, since kernels read no global constants: see their tests."""
+    return 1 << 30
 
 
 @triton.jit
-def is_near(cu_seqlens, low, high, t, shift, history, BLOCK_T: tl.constexpr):
-    """Whether a row of the steps t to t + BLOCK_T, which `touched` found to be in the sequences low to high, would see another sequence."""
-    distance = tl.where(shift > 0, t - tl.load(cu_seqlens + low), tl.load(cu_seqlens + high) - (t + BLOCK_T))
-    return (high - low > 1) | (distance < history)
+def sequence_of(slot, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
+    """The sequence that `slot` belongs to."""
+    low, high = tl.full([], 0, tl.int32), n_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        begun = _boundary(middle, cu_seqlens, n_sequences, T) // BLOCK_T + middle <= slot
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low
 
 
 @triton.jit
-def room(cu_seqlens, n_sequences, low, high, t, shift, BLOCK_T: tl.constexpr):
-    """[T]: how many steps each row may go back in its sequence, or on if shift is negative; and which sequence that is."""
-    step = tl.cast(t, tl.int32) + tl.arange(0, BLOCK_T)
-    steps, sequence = tl.full([BLOCK_T], 2147483647, tl.int32), tl.full([BLOCK_T], 0, tl.int32)
-    for i in range(low, tl.minimum(high + 1, n_sequences)):
-        start = tl.load(cu_seqlens + i)
-        distance = tl.where(shift > 0, step - start, start - 1 - step)
-        steps = tl.where(distance < 0, steps, tl.minimum(steps, distance))
-        sequence = tl.where(step < start, sequence, i)
-    return steps, sequence
+def place(slot, n, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
+    """Where sequence n begins, how many steps it has, and before how many of them `slot` begins: all of them if it is empty."""
+    start = _boundary(n, cu_seqlens, n_sequences, T)
+    length = tl.maximum(_boundary(n + 1, cu_seqlens, n_sequences, T) - start, 0)
+    before = tl.maximum(slot - (start // BLOCK_T + n), 0).to(tl.int64) * BLOCK_T
+    return start, length, tl.minimum(before, length).to(tl.int32)
 
 
 @triton.jit
-def next_near(cu_seqlens, n_sequences, block, last, history, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 1024):
-    """The first block of time, from `block` on and before `last`, with a row that would look back into another sequence; else `last`."""
-    found = tl.zeros([CHUNK], tl.int32) + last
-    for i in range(0, n_sequences, CHUNK):
-        start = _starts(cu_seqlens, n_sequences, i, 0, CHUNK)
-        reaching = (start > 0) & (start + history > block * BLOCK_T)
-        found = tl.where(reaching, tl.minimum(found, tl.maximum(start // BLOCK_T, block)), found)
-    return tl.min(found)
+def following(slot, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
+    """The sequence of the slot behind `slot`, which is of sequence n, and its `place`: no loop, so that one around it is pipelined."""
+    n = tl.minimum(n + ((start + length) // BLOCK_T + n <= slot).to(tl.int32), n_sequences)
+    start, length, t = place(slot + 1, n, cu_seqlens, n_sequences, T, BLOCK_T)
+    return n, start, length, t
+
+
+@triton.jit
+def bounded(start, length, t, shift, BLOCK_T: tl.constexpr):
+    """side, bound and step of a tile that looks back, or on if shift is negative: on that side its sequence ends for the hardware.
+
+    On the other side the tile itself does: one that looks on begins at t >= 0, and one that looks back is moved so that it ends with the
+    sequence at the latest. Its first steps are then computed twice, to the same bits, or lie before the sequence, and are not written.
+    """
+    on = shift < 0
+    step = tl.where(on, row_length() - length + t, tl.minimum(t, length - BLOCK_T))
+    return tl.where(on, row_length(), 0), tl.where(on, start + length, start), step
+
+
+@triton.jit
+def load(x, side, b, t, c):
+    """From a descriptor of packed sequences, or of a batch [B, T, C], whose rows have no side (None)."""
+    if side is None:
+        return x.load([b, t, c])
+    else:
+        return x.load([side, b, t, c])
 
 
 @triton.jit
 def assert_sequences(cu_seqlens, n_sequences, T, CHUNK: tl.constexpr = 1024):
-    """One program's work, without a synchronisation: PyTorch reports the assertion at its next one."""
+    """One program's work, CHUNK boundaries at a time, without a synchronisation: PyTorch reports the assertion at its next one."""
     for i in range(0, n_sequences, CHUNK):
         index = i + tl.arange(0, CHUNK)
-        start, end = _starts(cu_seqlens, n_sequences, i, 0, CHUNK), _starts(cu_seqlens + 1, n_sequences, i, 2147483647, CHUNK)
+        inside = index < n_sequences
+        start, end = tl.load(cu_seqlens + index, mask=inside, other=0), tl.load(cu_seqlens + index + 1, mask=inside, other=0)
         tl.device_assert((start <= end) & ((index > 0) | (start == 0)), "cu_seqlens must begin with 0 and never decrease")
     tl.device_assert(tl.load(cu_seqlens + n_sequences) == T, "cu_seqlens must end with the steps of x")
 
 
 @triton.jit
-def _starts(cu_seqlens, n_sequences, i, beyond, CHUNK: tl.constexpr):
-    index = i + tl.arange(0, CHUNK)
-    return tl.load(cu_seqlens + index, mask=index < n_sequences, other=beyond)
+def _boundary(n, cu_seqlens, n_sequences, T):
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + tl.minimum(n, n_sequences)), 0), T)

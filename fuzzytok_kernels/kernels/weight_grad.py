@@ -7,14 +7,15 @@ registers, by one of them, took 157 us where this takes 46, at C=256). `weight_o
 the bias's [splits, shares, C_out], with one share for each group of taps and block of input channels. Where one slice is all (DIRECT),
 `weight_out` and `bias_out` are the results themselves, and one program of each block of output channels sums the bias.
 
-Where there are `cu_seqlens`, with one row in the batch, rows of x that lie before the sequence of their `grad_y` count as zeros.
+Where there are `cu_seqlens`, time is counted in slots, each a block of one sequence (see `sequences.py`). Rows of x beyond either end of
+that sequence count as zeros, and are not multiplied with zeros of `grad_y`: another sequence may hold NaN.
 """
 
 import triton
 import triton.language as tl
 
 from fuzzytok_kernels.kernels.dot import dot
-from fuzzytok_kernels.kernels.sequences import next_near, room, touched
+from fuzzytok_kernels.kernels.sequences import following, load, place, sequence_of
 from fuzzytok_kernels.profile import fixed_name, moved_metadata, weight_grad_metadata
 
 
@@ -28,35 +29,21 @@ def weight_grad_tma_kernel(
     K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Descriptors: grad_y [B, T, C_out] (GRAD_Y_CHANNELS_LAST) or [B, C_out, T], which is not shifted; x [B, T, C_in], which is."""
-    n_t = tl.cdiv(T, BLOCK_T)
+    """Descriptors: grad_y [B, T, C_out] (GRAD_Y_CHANNELS_LAST) or [B, C_out, T], which is not shifted; x [B, T, C_in], which is.
+
+    Where there are `cu_seqlens`, both have a side, a bound and a step in place of [B, T].
+    """
+    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
     sums = (tl.zeros([BLOCK_C_OUT, BLOCK_C_IN], tl.float32),) * TAPS
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype)
-    if cu_seqlens is None:
-        sums, bias_sum = _add_blocks(
-            sums, bias_sum, ones, grad_y, x, first, last, n_t, k, ci, co, shift, share_first, share_last, None,
-            PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-        )  # fmt: skip
-    else:  # from one block near a sequence's beginning to the next, so that the loop between them stays what it is
-        i = first
-        while i < last:
-            near = next_near(cu_seqlens, n_sequences, i, last, (K - 1) * shift, BLOCK_T)
-            sums, bias_sum = _add_blocks(
-                sums, bias_sum, ones, grad_y, x, i, near, n_t, k, ci, co, shift, share_first, share_last, None,
-                PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-            )  # fmt: skip
-            if near < last:
-                low, high = touched(cu_seqlens, n_sequences, near * BLOCK_T, BLOCK_T)
-                steps, _ = room(cu_seqlens, n_sequences, low, high, near * BLOCK_T, 1, BLOCK_T)
-                sums, bias_sum = _add_blocks(
-                    sums, bias_sum, ones, grad_y, x, near, near + 1, n_t, k, ci, co, shift, share_first, share_last, steps,
-                    PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-                )  # fmt: skip
-            i = near + 1
+    sums, bias_sum = _add_blocks(
+        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, shift, share_first, share_last,
+        PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+    )  # fmt: skip
     _store(
         sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
@@ -64,26 +51,35 @@ def weight_grad_tma_kernel(
 
 @triton.jit
 def _add_blocks(
-    sums, bias_sum, ones, grad_y, x, first, last, n_t, k, ci, co, shift, share_first, share_last, steps,
+    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, shift, share_first, share_last,
     PRECISION: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """The sums and those of the time blocks from `first` to `last`; a row sees `steps` [T] steps back, or all there are (None)."""
+    """The sums and those of the time blocks from `first` to `last`."""
+    side: tl.constexpr = None if cu_seqlens is None else 0
+    if cu_seqlens is not None:
+        n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
+        start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
     for i in range(first, last):
         b, t = i // n_t, i % n_t * BLOCK_T
-        if GRAD_Y_CHANNELS_LAST:
+        if cu_seqlens is not None:
+            # Moved so that it ends with the sequence at the latest. The steps before the slot, which are of another one, count as zeros:
+            # for grad_y the row begins with the slot.
+            b, t = start, tl.minimum(slot_t, length - BLOCK_T)
+            dy = load(grad_y, side, b + slot_t, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
+        elif GRAD_Y_CHANNELS_LAST:
             dy = grad_y.load([b, t, co]).reshape(BLOCK_T, BLOCK_C_OUT).T  # [C_out, T], zeros from T on
         else:
             dy = grad_y.load([b, co, t]).reshape(BLOCK_C_OUT, BLOCK_T)
         grown = ()
         for j in tl.static_range(TAPS):
-            rows = x.load([b, t - (k + j) * shift, ci]).reshape(BLOCK_T, BLOCK_C_IN)  # [T, C_in], zeros before t = 0, by the hardware
-            if steps is not None:
-                rows = tl.where(((k + j) * shift <= steps)[:, None], rows, 0.0)
+            rows = load(x, side, b, t - (k + j) * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)  # [T, C_in], zeros before t = 0, by the hardware
             grown = grown + (dot(dy, rows, sums[j], PRECISION),)  # type: ignore[assignment]  # [C_out, C_in] each
         sums = grown
         if (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
+        if cu_seqlens is not None:  # at the end, and carried over: a load that another waits for within the loop takes stages from it
+            n, start, length, slot_t = following(i, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
 
 
@@ -98,35 +94,19 @@ def weight_grad_pointer_kernel(
     K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Any strides and any alignment; offsets are 64-bit."""
-    n_t = tl.cdiv(T, BLOCK_T)
+    """Any strides and any alignment; offsets are 64-bit. Where there are `cu_seqlens`, stride_yb and stride_xb are one step."""
+    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
     sums = (tl.zeros([BLOCK_C_OUT, BLOCK_C_IN], tl.float32),) * TAPS
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype.element_ty)
-    if cu_seqlens is None:
-        sums, bias_sum = _add_blocks_by_pointers(
-            sums, bias_sum, ones, grad_y, x, first, last, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, None,
-            stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-        )  # fmt: skip
-    else:  # as above
-        i = first
-        while i < last:
-            near = next_near(cu_seqlens, n_sequences, i, last, (K - 1) * tl.cast(shift, tl.int64), BLOCK_T)
-            sums, bias_sum = _add_blocks_by_pointers(
-                sums, bias_sum, ones, grad_y, x, i, near, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, None,
-                stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-            )  # fmt: skip
-            if near < last:
-                low, high = touched(cu_seqlens, n_sequences, near * BLOCK_T, BLOCK_T)
-                steps, _ = room(cu_seqlens, n_sequences, low, high, near * BLOCK_T, 1, BLOCK_T)
-                sums, bias_sum = _add_blocks_by_pointers(
-                    sums, bias_sum, ones, grad_y, x, near, near + 1, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, steps,
-                    stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-                )  # fmt: skip
-            i = near + 1
+    sums, bias_sum = _add_blocks_by_pointers(
+        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, c_in, c_out, shift,
+        share_first, share_last, stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
+        PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+    )  # fmt: skip
     _store(
         sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
@@ -134,27 +114,35 @@ def weight_grad_pointer_kernel(
 
 @triton.jit
 def _add_blocks_by_pointers(
-    sums, bias_sum, ones, grad_y, x, first, last, n_t, T, k, ci, co, c_in, c_out, shift, share_first, share_last, steps,
-    stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
+    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, c_in, c_out, shift,
+    share_first, share_last, stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """As `_add_blocks`."""
     o = co + tl.arange(0, BLOCK_C_OUT).to(tl.int64)
     c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
+    length = T
+    if cu_seqlens is not None:
+        n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
+        start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
     for i in range(first, last):
-        b = (i // n_t).to(tl.int64)
-        t = i % n_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        if cu_seqlens is None:
+            b = (i // n_t).to(tl.int64)
+            first_t = i % n_t * BLOCK_T
+        else:
+            b, first_t = start.to(tl.int64), slot_t
+        t = first_t + tl.arange(0, BLOCK_T).to(tl.int64)
         dy = tl.load(  # [T, C_out]
             grad_y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc,
-            mask=(t < T)[:, None] & (o < c_out)[None, :],
+            mask=(t < length)[:, None] & (o < c_out)[None, :],
             other=0.0,
         ).T  # [C_out, T]
         grown = ()
         for j in tl.static_range(TAPS):
             source = t - (k + j) * tl.cast(shift, tl.int64)
-            causal = (source >= 0) & (source < T)  # Eq. 7
-            if steps is not None:
-                causal &= (k + j) * tl.cast(shift, tl.int64) <= steps
+            causal = (source >= 0) & (source < length)  # Eq. 7
+            if cu_seqlens is not None:  # as the descriptors' blocks, which end with the sequence: what no gradient meets may be NaN
+                causal &= t < length
             clamped = tl.where(causal, source, 0)  # Eq. 8
             rows = tl.load(  # [T, C_in]
                 x + b * stride_xb + clamped[:, None] * stride_xt + c[None, :] * stride_xc,
@@ -165,6 +153,8 @@ def _add_blocks_by_pointers(
         sums = grown
         if (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
+        if cu_seqlens is not None:  # at the end, and carried over: a load that another waits for within the loop takes stages from it
+            n, start, length, slot_t = following(i, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
 
 

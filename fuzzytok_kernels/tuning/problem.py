@@ -34,13 +34,18 @@ class Problem(NamedTuple):
         return self[5:]
 
 
-def describable(c_in: int, c_out: int, kernel_size: int, epilogue: str, element_size: int, T: int, dilation: int) -> bool:
-    """Whether descriptors can read such tensors, where the hardware has them: rows are multiples of 16 bytes, coordinates have 32 bits."""
+def describable(
+    c_in: int, c_out: int, kernel_size: int, epilogue: str, element_size: int, T: int, dilation: int, packed: bool = False
+) -> bool:
+    """Whether descriptors can read such tensors, where the hardware has them: rows are multiples of 16 bytes, coordinates have 32 bits.
+
+    Packed, one of these is taken: steps are counted up to 2**30, see `kernels/sequences.py`.
+    """
     row = 16 // element_size
     return (
         c_in % row == 0
         and c_out % (2 * row if epilogue in GATES else row) == 0
-        and (kernel_size + 2) * min(dilation, T) + T < 2**31  # a group of taps may reach two beyond the last
+        and (kernel_size + 2) * min(dilation, T) + T < (2**30 if packed else 2**31)  # a group of taps may reach two beyond the last
     )
 
 
