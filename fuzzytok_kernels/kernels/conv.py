@@ -31,7 +31,7 @@ def conv_tma_kernel(
     """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, PARTS, C_out/PARTS, C_in] (IN_LAST) or [K, C_in, C_out].
 
     extra [B, T, C] and y [B, T, parts, C] are descriptors too (Y_DESCRIBED), or else pointers. Where there are `cu_seqlens`, descriptors
-    have a side, a bound and a step in place of [B, T], and pointers one step as stride_eb and stride_yb.
+    have a side, a bound and a step in place of [B, T], that of y no parts, and pointers one step as stride_eb and stride_yb.
     """
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
@@ -274,7 +274,7 @@ def _write(
     if DESCRIBED and side is None:
         y.store([b, t, part, c], value.to(y.dtype).reshape(1, BLOCK_T, 1, HALF))
     elif DESCRIBED:
-        y.store([side, b, t, part, c], value.to(y.dtype).reshape(1, 1, BLOCK_T, 1, HALF))
+        y.store([side, b, t, c], value.to(y.dtype).reshape(1, 1, BLOCK_T, HALF))
     else:
         offsets, inside = _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         tl.store(y + offsets, value.to(y.dtype.element_ty), mask=inside)
