@@ -7,9 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_oracle import ACTIVATIONS, GATES, assert_within_the_rule
 from modes import HALF, INTERPRETED, ON_CUDA, SIZES, interpreter_cannot, needs_cuda, run_python
 from oracle import LAYOUTS, WEIGHT_LAYOUTS, assert_same_bits, conv1d, poisoned, randn
-from test_fused import ACTIVATIONS, GATES, assert_within_the_rule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap

@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from fused_oracle import ACTIVATIONS, assert_within_the_rule
 from modes import DEVICE, HALF, ON_CUDA, interpreter_cannot, needs_cuda, needs_kernels, not_interpreted, run_python
 from oracle import LAYOUTS, assert_same_bits, poisoned, randn
-from test_fused import ACTIVATIONS, assert_within_the_rule
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
