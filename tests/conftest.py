@@ -8,10 +8,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # else each of 14 workers has Inductor 
 
 import pytest
 import torch
-from modes import DEVICE, DTYPES, KERNELS_RUN, ON_CUDA, SIZES, STRICT
+from modes import DEVICE, DTYPES, INTERPRETED, KERNELS_RUN, ON_CUDA, SIZES, STRICT
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+if INTERPRETED:
+    from addresses import watch
+
+    watch()
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_oracle import ACTIVATIONS, GATES, assert_within_the_rule
 from modes import HALF, INTERPRETED, SIZES, interpreter_cannot, needs_cuda, needs_kernels, run_python
 from oracle import LAYOUTS, WEIGHT_LAYOUTS, assert_same_bits, conv1d, poisoned, randn
-from test_fused import ACTIVATIONS, GATES, assert_within_the_rule
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 

@@ -121,3 +121,19 @@ def test_the_check_calls_the_op_itself(strict, monkeypatch):
     verdicts.check(CASE._replace(spoilt=math.nan))
     with pytest.raises(AssertionError, match="the op itself gave other bits"):
         verdicts._check_the_op_itself("causal_conv1d", (torch.ones(1, 1, 2), torch.ones(1, 1, 1)), (torch.zeros(1, 1, 2),))
+
+
+# ---- that an address outside of all tensors is found, see addresses.py
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's addresses are watched")
+@pytest.mark.parametrize(("reach", "mask"), [(1, False), (-1, False), (1, True)])
+def test_an_address_outside_is_told(reach, mask):
+    import outside
+
+    x = torch.arange(16.0)
+    if mask:
+        outside.copy_kernel[(1,)](x, x.new_empty(16), reach, 16 - reach, BLOCK=16)
+    else:
+        with pytest.raises(Exception, match="1 of 16 elements lie in no tensor of the launch"):
+            outside.copy_kernel[(1,)](x, x.new_empty(16), reach, 16, BLOCK=16)

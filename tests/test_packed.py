@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fused_oracle import ACTIVATIONS, assert_within_the_rule
 from modes import DEVICE, HALF, interpreter_cannot, needs_cuda, needs_kernels, not_interpreted
 from oracle import LAYOUTS, assert_same_bits, poisoned, randn
-from test_fused import ACTIVATIONS, assert_within_the_rule
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
