@@ -1,6 +1,6 @@
 """What the ops accept. Each op and its fake call the same check, so that every caller gets the same one-line error."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -30,7 +30,7 @@ def check_causal_conv1d(x: Checkable, weight: Checkable, bias: Checkable | None 
     _check_weight(weight, x, channels=1, of="x's channels (C_in)", name="x")
     if bias is not None:
         _check_bias(bias, weight, "x", x)
-    check_positive("dilation", dilation)
+    check_at_least(1, "dilation", dilation)
 
 
 def check_causal_conv1d_fused(
@@ -79,7 +79,7 @@ def check_causal_conv1d_input_grad(
     """Raise ValueError or TypeError unless grad_y (B, C_out, T), weight (C_out, C_in, K) and residual (B, C_in, T) go together."""
     _check_sequence("grad_y", grad_y)
     _check_weight(weight, grad_y, channels=0, of="grad_y's channels (C_out)", name="grad_y")
-    check_positive("dilation", dilation)
+    check_at_least(1, "dilation", dilation)
     if residual is not None:
         _check_like("residual", residual, "grad_y", grad_y)
         _check_shape("residual", residual, (grad_y.shape[0], weight.shape[1], grad_y.shape[2]), "grad_x's")
@@ -96,8 +96,8 @@ def check_causal_conv1d_weight_grad(
     _check_like("x", x, "grad_y", grad_y)
     if x.shape[0] != grad_y.shape[0] or x.shape[2] != grad_y.shape[2]:
         raise ValueError(f"x has shape {tuple(x.shape)}; its batch and time must equal those of grad_y, {tuple(grad_y.shape)}")
-    check_positive("kernel_size", kernel_size)
-    check_positive("dilation", dilation)
+    check_at_least(1, "kernel_size", kernel_size)
+    check_at_least(1, "dilation", dilation)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, "grad_y", grad_y)
 
@@ -120,7 +120,7 @@ def check_byte_causal_conv1d(
     _check_weight(weight, embedding, channels=1, of="embedding's channels (C)", name="embedding")
     if bias is not None:
         _check_bias(bias, weight, "embedding", embedding)
-    check_positive("dilation", dilation)
+    check_at_least(1, "dilation", dilation)
     check_activation(activation)
     if _produced(weight, activation) != embedding.shape[1]:
         raise ValueError(
@@ -251,10 +251,10 @@ def check_lengths(lengths: Checkable, name: str, rows: Checkable) -> None:
         raise TypeError(f"lengths has dtype {lengths.dtype}; expected int32 or int64")
 
 
-def check_activation(activation: str) -> None:
-    """Raise ValueError unless `activation` is one of `reference.ACTIVATIONS`."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
+def check_activation(activation: str, known: Collection[str] = ACTIVATIONS) -> None:
+    """Raise ValueError unless `activation` is one of `known`."""
+    if activation not in known:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(map(repr, known))}")
 
 
 def _produced(weight: Checkable, activation: str) -> int:
@@ -359,10 +359,6 @@ def _check_like(name: str, value: Checkable, like_name: str, like: Checkable) ->
         raise TypeError(
             f"{name} has dtype {value.dtype}; expected the dtype of {like_name}, {like.dtype} (torch.autocast casts them for you)"
         )
-
-
-def check_positive(name: str, value: int) -> None:
-    check_at_least(1, name, value)
 
 
 def check_at_least(least: int, name: str, value: int) -> None:

@@ -404,18 +404,17 @@ def test_cuda_graphs_in_a_fresh_process():
     run_python("""
 import torch
 from fuzzytok_kernels import FuzzyTokenizer
-torch.backends.cudnn.allow_tf32 = False
 net = FuzzyTokenizer(dim=32, dilations=(1, 2)).cuda()
-compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+compiled, graphless = torch.compile(net, mode="reduce-overhead", fullgraph=True), torch.compile(net, fullgraph=True)
 for _ in range(4):
     ids = torch.randint(256, (4, 64), device="cuda", dtype=torch.uint8)
     torch.compiler.cudagraph_mark_step_begin()
     y = compiled(ids)
     got = y.detach().clone(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])
-    y = net(ids)
+    y = graphless(ids)  # of the same kernels: eager ones round elsewhere, to 2e-5 apart
     want = y.detach(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other)
 """)
 
 

@@ -129,11 +129,13 @@ def test_the_check_calls_the_op_itself(strict, monkeypatch):
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter's addresses are watched")
 @pytest.mark.parametrize(("reach", "mask"), [(1, False), (-1, False), (1, True)])
 def test_an_address_outside_is_told(reach, mask):
-    import outside
+    from outside import copy_kernel
+    from triton.runtime.errors import InterpreterError
 
-    x = torch.arange(16.0)
+    x, y = torch.arange(16.0), torch.empty(16)
     if mask:
-        outside.copy_kernel[(1,)](x, x.new_empty(16), reach, 16 - reach, BLOCK=16)
+        copy_kernel[(1,)](x, y, reach, 16 - reach, BLOCK=16)
+        assert torch.equal(y[: 16 - reach], x[reach:])
     else:
-        with pytest.raises(Exception, match="1 of 16 elements lie in no tensor of the launch"):
-            outside.copy_kernel[(1,)](x, x.new_empty(16), reach, 16, BLOCK=16)
+        with pytest.raises(InterpreterError, match="1 of 16 elements lie in no tensor of the launch"):
+            copy_kernel[(1,)](x, y, reach, 16, BLOCK=16)

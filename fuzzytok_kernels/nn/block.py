@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fuzzytok_kernels.checks import check_activation
 from fuzzytok_kernels.layout import laid_out_as
 from fuzzytok_kernels.nn.conv import CausalConv1d
 from fuzzytok_kernels.reference import ACTIVATIONS, GATES
@@ -33,8 +34,7 @@ class ResidualCausalBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(map(repr, _ACTIVATIONS))}")
+        check_activation(activation, _ACTIVATIONS)
         if norm not in _NORMS:
             raise ValueError(f"norm is {norm!r}; expected one of {', '.join(map(repr, _NORMS))}")
         if not 0 <= dropout <= 1:

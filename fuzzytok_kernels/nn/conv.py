@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from fuzzytok_kernels.checks import check_positive
+from fuzzytok_kernels.checks import check_at_least
 from fuzzytok_kernels.functional import causal_conv1d
 from fuzzytok_kernels.layout import empty_weight
 
@@ -41,7 +41,7 @@ class CausalConv1d(nn.Module):
         super().__init__()
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "dilation": dilation}
         for name, value in sizes.items():
-            check_positive(name, value)
+            check_at_least(1, name, value)
         self.in_channels, self.out_channels, self.kernel_size, self.dilation = in_channels, out_channels, kernel_size, dilation
         like = torch.empty(0, device=device, dtype=dtype)
         self.weight = nn.Parameter(empty_weight(like, out_channels, in_channels, kernel_size))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuzzytok_kernels.checks import check_at_least, check_lengths, check_positive
+from fuzzytok_kernels.checks import check_at_least, check_lengths
 from fuzzytok_kernels.nn.hub import Pretrained
 from fuzzytok_kernels.nn.tokenizer import FuzzyTokenizer, bits_per_byte, to_bytes
 
@@ -59,7 +59,7 @@ class ByteLM(nn.Module, Pretrained):
         """Bits per byte of one long text, ids (T,) with T >= 2: all but the first id, each from those before, `chunk` at a time."""
         if ids.dim() != 1 or len(ids) < 2:
             raise ValueError(f"ids has shape {tuple(ids.shape)}; expected (T,), at least 2 ids")
-        check_positive("chunk", chunk)
+        check_at_least(1, "chunk", chunk)
         state = self.tokenizer.init_state(1)
         bits = ids.new_zeros((), dtype=torch.float64)
         for start in range(0, len(ids) - 1, chunk):
@@ -105,7 +105,7 @@ class ByteLM(nn.Module, Pretrained):
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; expected a finite number from 0 on")
         if top_k is not None:
-            check_positive("top_k", top_k)
+            check_at_least(1, "top_k", top_k)
         if not isinstance(stop, bytes):
             raise TypeError(f"stop is {stop!r}; expected bytes, of which any ends a text")
         codecs.lookup_error(errors)

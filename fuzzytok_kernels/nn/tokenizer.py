@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuzzytok_kernels.checks import check_at_least, check_ids, check_lengths, check_positive
+from fuzzytok_kernels.checks import check_at_least, check_ids, check_lengths
 from fuzzytok_kernels.functional import byte_causal_conv1d
 from fuzzytok_kernels.nn.block import ResidualCausalBlock
 from fuzzytok_kernels.nn.fold import foldable
@@ -67,7 +67,7 @@ class FuzzyTokenizer(nn.Module, Pretrained):
         dilations = tuple(dilations)
         sizes = {"dim": dim, "kernel_size": kernel_size, "embedding_dim": 1 if embedding_dim is None else embedding_dim}
         for name, value in sizes.items():
-            check_positive(name, value)
+            check_at_least(1, name, value)
         self.fold = fold
         self.config = dict(
             dim=dim, kernel_size=kernel_size, dilations=list(dilations), activation=activation, embedding_dim=embedding_dim,
@@ -120,7 +120,7 @@ class FuzzyTokenizer(nn.Module, Pretrained):
 
         It holds receptive_field - 1 vectors of size dim and a position for each.
         """
-        check_positive("slots", slots)
+        check_at_least(1, "slots", slots)
         weight = self.embedding.weight
         history = weight.new_zeros(slots, self.receptive_field - 1, weight.shape[1], dtype=compute_dtype(weight))
         return StreamState(history, torch.zeros(slots, dtype=torch.long, device=weight.device))
