@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuzzytok_kernels.checks import CHECKS
-from fuzzytok_kernels.descriptors import Traits, traits
+from fuzzytok_kernels.descriptors import Traits, as_it_is, channels_last, traits
 from fuzzytok_kernels.kernels.byte_conv import byte_conv_kernel
 from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, share_kernel, sum_slots_kernel, tap_kernel
 from fuzzytok_kernels.kernels.byte_table import embedding_grad_kernel, table_kernel, tap_grad_kernel
@@ -105,7 +105,10 @@ def _grad_plan(
     share = Kernel(share_kernel, programs, share_constants, num_stages=1)
     taps = Kernel(tap_kernel, shares * (K - 1), (wide, K, precision, steps, min(64, block_c)))
     sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, *_SUMMED))
-    numbers, grad_strides = (n_steps, T, V, channels), grad_y.strides
+    numbers, (stride_b, stride_c, stride_t) = (n_steps, T, V, channels), grad_y.strides
+    read_grad: Callable[[Tensor], Tensor] = as_it_is
+    if stride_c != 1:
+        read_grad, stride_b, stride_t = channels_last(grad_y), T * channels, channels
 
     def gradients(
         grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
@@ -113,7 +116,7 @@ def _grad_plan(
         table = make_table(embedding, weight, bias)
         order, rows, batch, ends, n_blocks = ordered(ids, cu_seqlens)
         grad_p, partial = embedding.new_empty((n_steps, c_out)), table.new_empty((shares + V + 1, width))
-        share(order, rows, batch, table, grad_y, grad_p, partial, *numbers, *grad_strides)
+        share(order, rows, batch, table, read_grad(grad_y), grad_p, partial, *numbers, stride_b, stride_t)
         if K > 1:
             taps(order, rows, cu_seqlens, grad_p, partial, *numbers, c_out, *sequences, stride_s)
         grad_table = table.new_empty((V, width))

@@ -44,9 +44,9 @@ class Rows(NamedTuple):
 
 
 def rows(x: Traits, block_t: int, block_c: int, packed: bool) -> Callable[[Tensor], TensorDescriptor]:
-    """Makes the descriptor of [B, T, C] of an x (B, C, T), copied to channels-last first if it does not lie so already.
+    """Makes the descriptor of [B, T, C] of an x (B, C, T), of its `channels_last` copy if it does not lie so already.
 
-    Of [side, bound, step, C] if packed. The copy takes 24 us for (32, 256, 2048) in bf16 on an H100, where PyTorch's own takes 114.
+    Of [side, bound, step, C] if packed.
     """
     (B, channels, T), (stride_b, stride_c, stride_t) = x.shape, x.strides
     there, copied = (Rows.of(B, T, *strides, block_t, packed) for strides in ((stride_b, stride_t), (T * channels, channels)))
@@ -54,14 +54,21 @@ def rows(x: Traits, block_t: int, block_c: int, packed: bool) -> Callable[[Tenso
     if _describable(x, *there.strides, stride_c):
         strides = [*there.strides, 1]
         return lambda x: TensorDescriptor(x, shape, strides, block)
-    copy, strides_of_copy = Kernel(channels_last_kernel, B * cdiv(T, 64) * cdiv(channels, 64), (64, 64)), [*copied.strides, 1]
+    copy, strides_of_copy = channels_last(x), [*copied.strides, 1]
+    return lambda x: TensorDescriptor(copy(x), shape, strides_of_copy, block)
 
-    def of_copy(x: Tensor) -> TensorDescriptor:
+
+def channels_last(x: Traits) -> Callable[[Tensor], Tensor]:
+    """Makes the contiguous copy [B, T, C] of an x (B, C, T): 24 us for (32, 256, 2048) in bf16 on an H100, PyTorch's own takes 114."""
+    B, channels, T = x.shape
+    copy, numbers = Kernel(channels_last_kernel, B * cdiv(T, 64) * cdiv(channels, 64), (64, 64)), (T, channels, *x.strides)
+
+    def copied(x: Tensor) -> Tensor:
         rows = x.new_empty((B, T, channels))
-        copy(x, rows, T, channels, stride_b, stride_c, stride_t)
-        return TensorDescriptor(rows, shape, strides_of_copy, block)
+        copy(x, rows, *numbers)
+        return rows
 
-    return of_copy
+    return copied
 
 
 def rows_or_columns(x: Traits, block_t: int, block_c: int, packed: bool) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:

@@ -70,18 +70,19 @@ def order_kernel(
 
 @triton.jit(do_not_specialize=["n_steps", "n_ids"], repr=fixed_name("byte_causal_conv1d_grad_shares"))
 def share_kernel(
-    order, rows, batch, table, grad_y, grad_p, partial, n_steps, T, n_ids, channels, stride_gb, stride_gc, stride_gt,
+    order, rows, batch, table, grad_y, grad_p, partial, n_steps, T, n_ids, channels, stride_gb, stride_gt,
     WIDE: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """grad_y (B, C, T) -> grad_p contiguous [B, T, C_out], and of partial [slots, K * C_out + C] the columns of tap 0 and of e.
+    """grad_y [B, T, C] -> grad_p contiguous [B, T, C_out], and of partial [slots, K * C_out + C] the columns of tap 0 and of e.
 
+    Its channels lie side by side: of another stride, the products take operands of two layouts, and ptxas of CUDA 12.8 (Triton 3.6)
+    left a register of their addresses unset, which ended in an illegal memory access.
     Persistent, to BLOCKS * BLOCK_C channels, for the forward's reasons: with all channels of a share a program took its
     look-ups from L2, and 181 us where this reads and writes 67 MB (H100, C=256, B*T=65,536).
     """
     n_c, pid = tl.cdiv(channels, BLOCKS * BLOCK_C), tl.program_id(0)
     c = pid % n_c * BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    grad_columns = grad_y + c.to(tl.int64 if WIDE else tl.int32) * stride_gc
     for share in range(pid // n_c, tl.cdiv(n_steps, BLOCK_T), tl.num_programs(0) // n_c):
         at, n, inside, v, same, slot = _share(share, order, rows, n_steps, n_ids, grad_y.dtype.element_ty, WIDE, BLOCK_T)
         b = tl.load(batch + at, mask=inside, other=0)  # n // T would take 15 instructions a step
@@ -89,7 +90,7 @@ def share_kernel(
         out, to = (n * (PARTS * channels))[:, None], slot * ((K * PARTS + 1) * channels)
         for start in tl.static_range(0, BLOCKS * BLOCK_C, BLOCK_C):
             mask, stored = inside[:, None] & (c + start < channels)[None, :], (slot >= 0) & (c + start < channels)[None, :]
-            grad = tl.load((grad_columns + start * stride_gc)[None, :] + gathered, mask=mask, other=0.0)  # [T, C]
+            grad = tl.load((grad_y + start + c)[None, :] + gathered, mask=mask, other=0.0)  # [T, C]
             columns, sums, out_columns = table + start + c, (partial + start + c)[None, :] + to, (grad_p + start + c)[None, :] + out
             tl.store(sums + K * PARTS * channels, _sums(same, grad, PRECISION), mask=stored)
             grad = grad.to(tl.float32)
