@@ -279,8 +279,7 @@ def _conv(
 
     read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed)
     read_weight, in_last = taps(weight, axes, parts, config.BLOCK_C_IN, config.BLOCK_C_OUT)
-    # The parts of a gate's gradient are an axis of y, and a fifth one in a descriptor is an illegal instruction on an H100.
-    described, half = problem.layout == "last" and not (sequences.packed and parts_of_y == 2), config.BLOCK_C_OUT // 2
+    described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
     read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half, sequences.packed) if described and after.extra else as_it_is
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
     # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots, or has
@@ -292,16 +291,13 @@ def _conv(
     tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **options)
     width = channels // parts_of_y
     steps = Rows.of(B, T, strides[0], strides[2], config.BLOCK_T, sequences.packed)
-    if sequences.packed:
-        y_layout = [*steps.shape, width], [*steps.strides, 1], [*steps.block, half]
-    else:
-        y_layout = [*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half]
+    y_layout = [*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half]
     numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *y_strides, *sequences.numbers)
 
     def launch_descriptors(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
         y = allocate()
-        out = TensorDescriptor(y, *y_layout) if described else y
-        tma_kernel(read_x(x), read_weight(weight), bias, read_extra(extra), out, state, cu_seqlens, *numbers)
+        out, memory = (TensorDescriptor(y, *y_layout), y if sequences.packed else None) if described else (y, None)
+        tma_kernel(read_x(x), read_weight(weight), bias, read_extra(extra), out, memory, state, cu_seqlens, *numbers)
         return y
 
     return launch_descriptors

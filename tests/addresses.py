@@ -1,6 +1,7 @@
 """Under the interpreter: every address that a kernel reads or writes has to lie in one of the tensors that it was given.
 
-A GPU tells of such a one only where it happens to be no memory of the process at all.
+A GPU tells of such a one only where it happens to be no memory of the process at all. And no descriptor may store from a negative
+coordinate on: an illegal instruction on an H100, where loads are none.
 """
 
 from typing import Any
@@ -29,6 +30,14 @@ def watch() -> None:
     GridExecutor._init_args_hst = prepared
     for access, at_mask in (("create_masked_load", 0), ("create_masked_store", 1)):
         setattr(InterpreterBuilder, access, _checked(access, getattr(InterpreterBuilder, access), at_mask))
+    store = InterpreterBuilder.create_descriptor_store
+
+    def store_from_within(self: Any, descriptor: Any, value: Any, indices: Any) -> Any:
+        at = [int(index.data.item()) for index in indices]
+        assert min(at) >= 0, f"create_descriptor_store: from the negative coordinate of {at} on"
+        return store(self, descriptor, value, indices)
+
+    InterpreterBuilder.create_descriptor_store = store_from_within
 
 
 def _checked(access: str, run: Any, at_mask: int) -> Any:

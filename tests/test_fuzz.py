@@ -139,3 +139,21 @@ def test_an_address_outside_is_told(reach, mask):
     else:
         with pytest.raises(InterpreterError, match="1 of 16 elements lie in no tensor of the launch"):
             copy_kernel[(1,)](x, y, reach, 16, BLOCK=16)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's addresses are watched")
+@pytest.mark.parametrize(("source", "target", "fits"), [(0, 4, True), (-4, 0, True), (0, -4, False)])
+def test_a_store_from_a_negative_coordinate_is_told(source, target, fits):
+    """Where a load is none, and no store that hangs over the end."""
+    from outside import described_copy_kernel
+    from triton.runtime.errors import InterpreterError
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x, y = torch.arange(16.0).reshape(1, 16), torch.zeros(1, 16)
+    arguments = *(TensorDescriptor.from_tensor(tensor, [1, 16]) for tensor in (x, y)), source, target
+    if fits:
+        described_copy_kernel[(1,)](*arguments)
+        assert torch.equal(y[:, 4:], x[:, :12])
+    else:
+        with pytest.raises(InterpreterError, match=r"from the negative coordinate of \[0, -4\] on"):
+            described_copy_kernel[(1,)](*arguments)

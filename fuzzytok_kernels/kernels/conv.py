@@ -16,13 +16,13 @@ import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot
-from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, place, row_length, sequence_of
+from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, moved, place, row_length, sequence_of
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
 
 @triton.jit(do_not_specialize=["B", "shift", "n_sequences"], repr=conv_name("tma"), launch_metadata=conv_metadata)
 def conv_tma_kernel(
-    x, weight, bias, extra, y, state, cu_seqlens, B, T, c_in, c_out, shift, stride_bias,
+    x, weight, bias, extra, y, y_memory, state, cu_seqlens, B, T, c_in, c_out, shift, stride_bias,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt, n_sequences, stride_sn, stride_sc, stride_st,
     K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
     IN_LAST: tl.constexpr, Y_DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr,
@@ -31,7 +31,7 @@ def conv_tma_kernel(
     """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, PARTS, C_out/PARTS, C_in] (IN_LAST) or [K, C_in, C_out].
 
     extra [B, T, C] and y [B, T, parts, C] are descriptors too (Y_DESCRIBED), or else pointers. Where there are `cu_seqlens`, descriptors
-    have a side, a bound and a step in place of [B, T], that of y no parts, and pointers one step as stride_eb and stride_yb.
+    have a side, a bound and a step in place of [B, T], pointers have one step as stride_eb and stride_yb, and y_memory points to y.
     """
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
@@ -41,26 +41,28 @@ def conv_tma_kernel(
         c = tile % n_co * WIDTH
         t = tile // n_co % n_t * BLOCK_T
         b = tile // n_co // n_t
-        side, n = None, b
+        side, n, length = None, b, T
+        bound, step = b, t
         if cu_seqlens is not None:
             n = sequence_of(tile // n_co, cu_seqlens, n_sequences, T, BLOCK_T)
-            start, length, first = place(tile // n_co, n, cu_seqlens, n_sequences, T, BLOCK_T)
-            side, b, t = bounded(start, length, first, shift, BLOCK_T)
+            b, length, first = place(tile // n_co, n, cu_seqlens, n_sequences, T, BLOCK_T)
+            side, t = tl.where(shift < 0, row_length(), 0), moved(b, first, shift, T, BLOCK_T)
+            bound, step = bounded(side, b, length, t)
         if cu_seqlens is None or first < length:
             acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
             # 32-bit rows pass the registers anyway, and two loops' blocks do not fit.
             if state is not None and ((x.dtype.primitive_bitwidth == 32) | (t < (K - 1) * shift)):
                 acc = _add_taps(
-                    acc, x, weight, side, b, t, c, n_ci, shift, state, n, c_in, stride_sn, stride_sc, stride_st,
+                    acc, x, weight, side, bound, step, c, n_ci, shift, state, n, c_in, stride_sn, stride_sc, stride_st,
                     K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
                 )  # fmt: skip
             else:
                 acc = _add_taps(
-                    acc, x, weight, side, b, t, c, n_ci, shift, None, n, c_in, stride_sn, stride_sc, stride_st,
+                    acc, x, weight, side, bound, step, c, n_ci, shift, None, n, c_in, stride_sn, stride_sc, stride_st,
                     K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
                 )  # fmt: skip
             _finish(
-                acc, bias, extra, y, side, b, t, c, T, channels, stride_bias,
+                acc, bias, extra, y, y_memory, side, b, t, c, length, channels, stride_bias,
                 stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
                 PARTS, HAS_BIAS, ACTIVATION, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
             )  # fmt: skip
@@ -131,7 +133,7 @@ def conv_pointer_kernel(
                 K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
             )  # fmt: skip
         _finish(
-            acc, bias, extra, y, None, b, first_t, first_c, T, channels, stride_bias,
+            acc, bias, extra, y, None, None, b, first_t, first_c, T, channels, stride_bias,
             stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
             PARTS, HAS_BIAS, ACTIVATION, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
         )  # fmt: skip
@@ -184,7 +186,7 @@ def _past(state, n, source, ci, c_in, shift, stride_sn, stride_sc, stride_st, K:
 
 @triton.jit
 def _finish(
-    acc, bias, extra, y, side, b, t, c, T, channels, stride_bias,
+    acc, bias, extra, y, y_memory, side, b, t, c, T, channels, stride_bias,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, DESCRIBED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
@@ -206,23 +208,23 @@ def _finish(
             left = _with_extra(left, more, ACTIVATION, EXTRA)
         else:
             left = activate(left, ACTIVATION)
-        _write(left, y, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(left, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
         if EXTRA != "none":
             more = _read(extra, side, b, t, right_c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
             right = _with_extra(right, more, ACTIVATION, EXTRA)
         else:
             right = activate(right, ACTIVATION)
-        _write(right, y, side, b, t, 0, right_c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(right, y, y_memory, side, b, t, 0, right_c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     elif EXTRA == "grad_y":
         grad = _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
         left, right = gate_grads(left, right, grad, ACTIVATION)
-        _write(left, y, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
-        _write(right, y, side, b, t, 1, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(left, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(right, y, y_memory, side, b, t, 1, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     else:
         out = gate(left, right, ACTIVATION)
         if EXTRA == "residual":
             out += _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
-        _write(out, y, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(out, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
 
 
 @triton.jit
@@ -247,7 +249,10 @@ def _read(
 ):  # fmt: skip
     """[T, C], zeros or anything outside the tensor."""
     if DESCRIBED:
-        return load(x, side, b, t, c).reshape(BLOCK_T, HALF).to(tl.float32)
+        bound, step = b, t
+        if side is not None:
+            bound, step = bounded(side, b, T, t)
+        return load(x, side, bound, step, c).reshape(BLOCK_T, HALF).to(tl.float32)
     else:
         offsets, inside = _block(side, b, t, 0, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -257,6 +262,7 @@ def _read(
 def _write(
     value,
     y,
+    y_memory,
     side,
     b,
     t,
@@ -271,13 +277,17 @@ def _write(
     BLOCK_T: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    if DESCRIBED and side is None:
-        y.store([b, t, part, c], value.to(y.dtype).reshape(1, BLOCK_T, 1, HALF))
-    elif DESCRIBED:
-        y.store([side, b, t, c], value.to(y.dtype).reshape(1, 1, BLOCK_T, HALF))
-    else:
+    if not DESCRIBED:
         offsets, inside = _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         tl.store(y + offsets, value.to(y.dtype.element_ty), mask=inside)
+    elif side is None:
+        y.store([b, t, part, c], value.to(y.dtype).reshape(1, BLOCK_T, 1, HALF))
+    elif t >= 0:
+        bound, step = bounded(row_length(), b, T, t)
+        y.store([row_length(), bound, step, part, c], value.to(y.dtype).reshape(1, 1, BLOCK_T, 1, HALF))
+    else:  # a store from a negative coordinate on is an illegal instruction on an H100
+        offsets, inside = _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+        tl.store(y_memory + offsets, value.to(y.dtype), mask=inside)
 
 
 @triton.jit
@@ -285,7 +295,6 @@ def _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK
     """Offsets [T, C], 64-bit, and which of them are inside."""
     steps, within = t + tl.arange(0, BLOCK_T).to(tl.int64), c + tl.arange(0, HALF).to(tl.int64)
     o = part * channels + within
-    row = b if side is None else b - side
-    offsets = row.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
-    inside = steps < T if side is None else (steps >= 0) & (steps < row_length())  # as the hardware bounds a descriptor's
+    offsets = b.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
+    inside = steps < T if side is None else (steps >= 0) & (steps < T)
     return offsets, inside[:, None] & (within < channels)[None, :]

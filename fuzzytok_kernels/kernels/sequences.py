@@ -52,15 +52,19 @@ def following(slot, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T: tl.co
 
 
 @triton.jit
-def bounded(start, length, t, shift, BLOCK_T: tl.constexpr):
-    """side, bound and step of a tile that looks back, or on if shift is negative: on that side its sequence ends for the hardware.
+def moved(start, t, shift, T, BLOCK_T: tl.constexpr):
+    """The first step of a tile that looks back, or on if shift is negative: t, or so far before it that the tile ends with the batch.
 
-    On the other side the tile itself does: one that looks on begins at t >= 0, and one that looks back is moved so that it ends with the
-    sequence at the latest. Its first steps are then computed twice, to the same bits, or lie before the sequence, and are not written.
+    For one that looks back is read as a row that its sequence's beginning bounds: what it reads behind the sequence only makes what is not
+    written, but has to be there. Its first steps are then computed twice, to the same bits, or lie before the sequence.
     """
-    on = shift < 0
-    step = tl.where(on, row_length() - length + t, tl.minimum(t, length - BLOCK_T))
-    return tl.where(on, row_length(), 0), tl.where(on, start + length, start), step
+    return tl.where(shift < 0, t, tl.minimum(t, T - start - BLOCK_T))
+
+
+@triton.jit
+def bounded(side, start, length, t):
+    """The bound and the step for step t of a sequence, read or written from this side."""
+    return tl.where(side == 0, start, start + length), tl.where(side == 0, t, row_length() - length + t)
 
 
 @triton.jit
