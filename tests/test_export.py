@@ -90,8 +90,23 @@ def test_a_saved_program_runs_where_the_package_is_imported(device, tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.skipif(ON_CUDA and CUDA_HOME is None, reason="AOTInductor for CUDA needs the CUDA toolkit")
 def test_an_aotinductor_package_runs_where_the_package_is_imported(device, tmp_path):
-    """PyTorch finds no schema without the import, see the README."""
+    """PyTorch finds no schema without the import, see the README. Skipped where PyTorch's own modules crash as well."""
     net = audio_net(device)
-    program = exported(net, torch.randn(2, 8, 32, device=device), time=2)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    checks_both(package, saved_example(net, device, tmp_path), compiled=True)
+    package = packaged(exported(net, torch.randn(2, 8, 32, device=device), time=2), tmp_path)
+    try:
+        checks_both(package, saved_example(net, device, tmp_path), compiled=True)
+    except AssertionError as error:
+        if "exit status -" not in str(error):  # by a signal
+            raise
+        with pytest.raises(AssertionError, match="exit status -"):
+            run_python(f"import torch; torch._inductor.aoti_load_package({package_of_pytorch(device, tmp_path)!r})")
+        pytest.skip("a package of nn.Linear crashes too: std::regex of this g++ beside that of PyTorch, under parse_device_str")
+
+
+def packaged(program: torch.export.ExportedProgram, folder) -> str:
+    return torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+
+
+def package_of_pytorch(device: torch.device, tmp_path) -> str:
+    (tmp_path / "linear").mkdir()
+    return packaged(export(nn.Linear(8, 8).to(device), (torch.randn(2, 8, device=device),)), tmp_path / "linear")
