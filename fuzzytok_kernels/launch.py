@@ -285,8 +285,8 @@ def _conv(
     # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots, or has
     # two loops in it, cannot be flattened.
     flatten = after.kind == "none" and sequences == _ROWS
-    # ptxas takes some registers more than for a batch, 133 of 128 with GELU and a residual. fp32 and a state would spill, at 1 program.
-    if sequences.packed and sequences.state is None and x.dtype.itemsize == 2:
+    # ptxas takes some registers more than for a batch, 160 of 128 in TF32. Strict fp32 and a state would spill, at 1 program.
+    if sequences.packed and sequences.state is None and problem.dtype != "fp32":
         options["maxnreg"] = min(255, 65_536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)
     tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **options)
     width = channels // parts_of_y
