@@ -43,7 +43,8 @@ def watch() -> None:
 def _checked(access: str, run: Any, at_mask: int) -> Any:
     def checked(self: Any, pointers: Any, *args: Any, **kwargs: Any) -> Any:
         mask = args[at_mask] if len(args) > at_mask else kwargs["mask"]
-        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.uint64)
+        inside = mask if isinstance(mask, np.ndarray) else mask.data  # a bare array of a descriptor, under Triton 3.6
+        addresses = pointers.data[np.broadcast_to(inside.astype(bool), pointers.data.shape)].astype(np.uint64)
         size = pointers.get_element_ty().primitive_bitwidth // 8
         at = np.searchsorted(_Storages.begins, addresses, side="right")
         ends = np.concatenate([np.zeros(1, np.uint64), _Storages.ends])[at]  # of the last storage that begins before, if there is one
