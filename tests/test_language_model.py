@@ -220,6 +220,13 @@ def test_draws_follow_the_distribution(device):
     assert draws(logits, 1.0, 1000)[:4].sum() == 1
 
 
+def test_equal_logits_are_no_more_candidates(device):
+    """In bf16 many are equal: one candidate is still one."""
+    logits = torch.zeros(300, device=device)
+    for top_k in (1, 5, 256, 290):
+        assert (draws(logits, 1.0, top_k) > 0).sum() == min(top_k, 256)
+
+
 def test_special_ids_but_the_end_are_never_drawn(device):
     logits = torch.zeros(260, device=device)
     logits[256:] = 20.0
@@ -239,6 +246,7 @@ def test_special_ids_but_the_end_are_never_drawn(device):
         ("a", dict(temperature=math.inf), "temperature is inf"),
         ("a", dict(temperature=math.nan), "temperature is nan"),
         ("a", dict(top_k=0), "top_k is 0; expected at least 1"),
+        ("a", dict(seed=2**64), r"seed is 18446744073709551616; expected at least -2\*\*63 and below 2\*\*64"),
     ],
     ids=str,
 )
@@ -255,7 +263,7 @@ def test_other_refusals(device):
     ):
         with pytest.raises(TypeError, match=says):
             small(device).generate(prompts)
-    for options in (dict(stop="\n"), dict(stop=[b"\n"]), dict(top_k=2.5), dict(max_bytes=1.5)):
+    for options in (dict(stop="\n"), dict(stop=[b"\n"]), dict(top_k=2.5), dict(max_bytes=1.5), dict(seed=0.5), dict(seed="0")):
         with pytest.raises(TypeError, match=f"^{next(iter(options))} is .*; expected "):
             small(device).generate("a", **options)
     with pytest.raises(LookupError):

@@ -109,6 +109,10 @@ class ByteLM(nn.Module, Pretrained):
         if not isinstance(stop, bytes):
             raise TypeError(f"stop is {stop!r}; expected bytes, of which any ends a text")
         codecs.lookup_error(errors)
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"seed is {seed!r}; expected an integer")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; expected at least -2**63 and below 2**64")
         generator = None if seed is None else torch.Generator(self.head.weight.device).manual_seed(seed)
         return self._written(rows, max_bytes, _Sampler(self.tokenizer.end_id, temperature, top_k, generator), set(stop), errors)
 
@@ -167,8 +171,8 @@ class _Sampler:
         if self.temperature == 0:
             return logits.argmax(1)
         if self.top_k is not None and self.top_k < logits.shape[1]:
-            least = logits.topk(self.top_k, 1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
+            best = logits.topk(self.top_k, 1)  # by index: of equal logits, of which 16 bits have many, no more than so many
+            logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
         logits = logits - logits.amax(1, keepdim=True)  # so that no temperature, however near to 0, makes one of them infinite
         shares = (logits / max(self.temperature, torch.finfo(logits.dtype).tiny)).softmax(1)
         return torch.multinomial(shares, 1, generator=self.generator)[:, 0]
