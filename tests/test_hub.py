@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from modes import not_interpreted
 
-from fuzzytok_kernels import ByteLM, FuzzyTokenizer, pool, segments_from_starts, unpool
+from fuzzytok_kernels import ByteLM, FuzzyTokenizer, ResidualCausalBlock, pool, segments_from_starts, unpool
 from fuzzytok_kernels.cli import main
 from fuzzytok_kernels.nn import hub
 
@@ -50,7 +50,9 @@ def saved(needs_hub, tmp_path):
 def test_there_and_back(make, dtype, needs_hub, tmp_path):
     model = make().to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = torch.get_rng_state()
     model.save_pretrained(tmp_path / "deep" / "folder")
+    assert torch.equal(torch.get_rng_state(), drawn), "a save in the middle of a training changes it"
     loaded = type(model).from_pretrained(tmp_path / "deep" / "folder")
     assert type(loaded) is type(model)
     assert loaded.config == model.config
@@ -86,7 +88,14 @@ def test_the_keys_are_stable(saved):
 
     assert list(ByteLM(16, dilations=(1,)).state_dict()) == KEYS
     assert sorted(load_file(saved / "model.safetensors")) == sorted(KEYS)
+    tokenizer = FuzzyTokenizer(16, dilations=(1,), embedding_dim=8)
+    assert list(tokenizer.state_dict()) == [
+        *(key.removeprefix("tokenizer.") for key in KEYS if key.startswith("tokenizer.")),
+        "projection.weight",
+        "projection.bias",
+    ]
     assert hub.FORMAT == 1, "a change of the keys is a new format"
+    assert {part["version"] for part in tokenizer.state_dict()._metadata.values()} == {1}, "and a new version of the module"
 
 
 def test_saved_again_in_the_same_folder(saved):
@@ -148,7 +157,10 @@ BROKEN = {
     "an unknown argument": (config_with(depth=3), r"config.json makes no ByteLM: .*depth"),
     "a size out of range": (config_with(kernel_size=0), r"config.json makes no ByteLM: kernel_size is 0; expected at least 1"),
     "no number": (config_with(dim="wide"), r"config.json makes no ByteLM: "),
-    "no dtype": (config_with(dtype="nn"), r"config.json makes no ByteLM: dtype is not one of PyTorch's"),
+    "no dtype": (config_with(dtype="nn"), r"config.json makes no ByteLM: dtype is 'nn'; expected one of float16, "),
+    "no dtype of a model": (config_with(dtype="complex64"), r"config.json makes no ByteLM: dtype is 'complex64'; expected one of "),
+    "a list for a dtype": (config_with(dtype=["float32"]), r"config.json makes no ByteLM: dtype is \['float32'\]; expected one of "),
+    "nested too deep": (lambda folder: (folder / "config.json").write_text("[" * 200_000), r"config.json cannot be read: "),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors cannot be read: "),
     "half the weights": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
@@ -193,6 +205,32 @@ def test_weights_of_two_dtypes_are_not_saved(needs_hub, tmp_path):
     with pytest.raises(ValueError, match="the weights have the dtypes bfloat16, float32; expected one"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda model: setattr(model.head, "weight", model.tokenizer.embedding.weight), r"head.weight is missing, expected \(256, 16\)"),
+        (
+            lambda model: model.tokenizer.blocks.__setitem__(0, ResidualCausalBlock(16, 3, norm="layer")),
+            r"blocks.0.norm.bias is \(16,\), expected no such weight",
+        ),
+    ],
+    ids=["tied by hand", "a block with a norm"],
+)
+def test_what_could_not_be_loaded_is_not_saved(change, says, needs_hub, tmp_path):
+    model = ByteLM(16, dilations=(1,))
+    change(model)
+    with pytest.raises(ValueError, match=f"^the weights are not those that config makes, and could not be loaded: .*{says}"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_option_that_nobody_would_see(saved):
+    for options in (dict(dim=32), dict(torch_dtype=torch.bfloat16), dict(map_location="cpu")):
+        with pytest.raises(TypeError, match=f"^{next(iter(options))} is no option of from_pretrained; expected one of revision, token, "):
+            ByteLM.from_pretrained(saved, **options)
+    assert ByteLM.from_pretrained(saved, local_files_only=True).config["dim"] == 16
 
 
 @pytest.mark.parametrize("missing", ["huggingface_hub", "safetensors"])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 FORMAT = 1  # of the folder: the names in config.json and in model.safetensors
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _Model = TypeVar("_Model", bound="Pretrained")
 
 
@@ -27,7 +29,7 @@ class Pretrained:
         `options` are those of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`: push_to_hub, repo_id, model_card_kwargs.
 
         Raises:
-            ValueError: weights of several dtypes.
+            ValueError: weights of several dtypes, or others than those of a model that `config` makes: it could not be loaded.
             ImportError: huggingface_hub or safetensors is not installed.
         """
         kind: Any = type(self)
@@ -39,13 +41,17 @@ class Pretrained:
     def from_pretrained(cls: type[_Model], folder: str | os.PathLike, **options: Any) -> _Model:
         """The model that `save_pretrained` wrote to `folder`, in its dtype, on the CPU, in eval mode; or one from the Hugging Face Hub.
 
-        `options` are those of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`: revision, token, cache_dir and the like.
+        `options` are for the Hub, see `huggingface_hub.PyTorchModelHubMixin.from_pretrained`: revision, token, cache_dir, force_download
+        and local_files_only. The model's own arguments are those in the folder.
 
         Raises:
+            TypeError: another option.
             ValueError: a folder that lacks a file, or holds a broken one, or another model's, or one of a newer format; no folder, and no
                 repository that the Hub has or can be asked for.
             ImportError: huggingface_hub or safetensors is not installed.
         """
+        for name in options.keys() - set(_OPTIONS):  # the mixin would take it for an argument of the model, and nobody would see it
+            raise TypeError(f"{name} is no option of from_pretrained; expected one of {', '.join(_OPTIONS)}")
         kind: Any = cls
         return _with_hub(kind).from_pretrained(folder, **options)
 
@@ -103,6 +109,10 @@ def _save(model: Any, folder: Path) -> None:
     if len(dtypes) != 1:
         raise ValueError(f"the weights have the dtypes {', '.join(sorted(dtypes))}; expected one, which the model has when it is loaded")
     (dtype,) = dtypes
+    with torch.device("meta"):  # shapes alone
+        wrong = _misfit(weights, _own_weights(type(model)(**model.config)))
+    if wrong:
+        raise ValueError(f"the weights are not those that config makes, and could not be loaded: {wrong}")
     config = {"model_type": model.model_type, "format": FORMAT, "dtype": dtype, **model.config}
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -113,26 +123,20 @@ def _load(cls: Any, folder: Path) -> Any:
     from safetensors.torch import load_file
 
     config = _read_config(cls, folder)
-    dtype = getattr(torch, str(config.pop("dtype", "float32")), None)
+    dtype = config.pop("dtype", "float32")
     try:
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError("dtype is not one of PyTorch's")
-        model = cls(**config).to(dtype)
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+        model = cls(**config).to(getattr(torch, dtype))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / _CONFIG} makes no {cls.__name__}: {_first_line(error)}") from error
     try:
         weights = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / _WEIGHTS} cannot be read: {_first_line(error)}") from error
-    own = _own_weights(model)
-    wrong = sorted({name for name in own.keys() | weights.keys() if _shape(own.get(name)) != _shape(weights.get(name))})
+    wrong = _misfit(weights, _own_weights(model))
     if wrong:
-        name = wrong[0]
-        had, wanted = _shape(weights.get(name)), _shape(own.get(name))
-        raise ValueError(
-            f"{folder / _WEIGHTS} does not fit {_CONFIG}: {name} is {had or 'missing'}, expected {wanted or 'no such weight'} "
-            f"({len(wrong)} such weights)"
-        )
+        raise ValueError(f"{folder / _WEIGHTS} does not fit {_CONFIG}: {wrong}")
     model.load_state_dict(weights, strict=False)  # copies into what is there, tap-major as it lies; all but tied names were compared
     return model.eval()
 
@@ -141,7 +145,7 @@ def _read_config(cls: Any, folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested too deep
         raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
     found = config.pop("model_type", None) if isinstance(config, dict) else None
     if found != cls.model_type:
@@ -159,6 +163,15 @@ def _own_weights(model: nn.Module) -> dict[str, Tensor]:
         if all(value is not other for other in weights.values()):
             weights[name] = value
     return weights
+
+
+def _misfit(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """The first name, and how many, of which one has no weight or another shape than the other; None if there is none."""
+    wrong = sorted({name for name in expected.keys() | weights.keys() if _shape(expected.get(name)) != _shape(weights.get(name))})
+    if not wrong:
+        return None
+    had, wanted = _shape(weights.get(wrong[0])), _shape(expected.get(wrong[0]))
+    return f"{wrong[0]} is {had or 'missing'}, expected {wanted or 'no such weight'} ({len(wrong)} such weights)"
 
 
 def _shape(value: Tensor | None) -> tuple[int, ...] | None:
