@@ -235,6 +235,8 @@ def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
 
 def check_ids(ids: Checkable) -> None:
     """Raise ValueError or TypeError unless ids is (B, T), uint8 or int64."""
+    if not hasattr(ids, "shape"):
+        raise TypeError(f"ids is of type {type(ids).__name__}; expected a tensor (batch, time), as FuzzyTokenizer.encode makes it")
     if len(ids.shape) != 2:
         hint = "; add a batch dimension with unsqueeze(0)" if len(ids.shape) == 1 else ""
         raise ValueError(f"ids has shape {tuple(ids.shape)}; expected 2 dimensions (batch, time){hint}")

@@ -52,6 +52,7 @@ def test_nothing_to_pool(device):
     padding = torch.full((2, 4), -1, device=device)
     assert pool(z, padding).shape == (2, 0, 3)
     assert (pool(z, padding, 2) == 0).all()
+    assert pool(z, padding - 1).shape == (2, 0, 3)
     assert pool(z[:, :0], padding[:, :0]).shape == (2, 0, 3)
     assert (unpool(pool(z, padding), padding) == 0).all()
 
@@ -121,6 +122,10 @@ def test_refusals(device):
     for call in (lambda: pool(z, segments.float()), lambda: unpool(z, segments.to(torch.uint8))):
         with pytest.raises(TypeError, match=r"segments has dtype torch\.\w+; expected int32 or int64"):
             call()
+    with pytest.raises(ValueError, match="count is -1; expected at least 0"):
+        pool(z, segments - 1, -1)
+    with pytest.raises(TypeError, match=r"count is 2\.5; expected an integer"):
+        pool(z, segments, 2.5)
     if device.type == "cpu":
         with pytest.raises(ValueError, match="segments reaches 4; expected at most 3, the last of pooled"):
             unpool(z, segments + 4)

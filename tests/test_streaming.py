@@ -1,6 +1,7 @@
 """FuzzyTokenizer.step: any chunking is the full pass, slots, resets, graphs; and the two ops that it is made of."""
 
 import copy
+import io
 import itertools
 
 import pytest
@@ -181,6 +182,16 @@ def test_a_slot_begins_anew(as_tensor, device):
     assert state.positions.tolist() == [14, 0, 14]
 
 
+def test_saved_and_loaded_without_unpickling(device):
+    tokenizer, file = small(device), io.BytesIO()
+    ids, state = random_ids(tokenizer, 2, 12), tokenizer.init_state(2)
+    stream(tokenizer, ids[:, :9], [9], state)
+    torch.save(tuple(state), file)
+    file.seek(0)
+    loaded = StreamState(*torch.load(file, weights_only=True))
+    assert torch.equal(tokenizer.step(ids[:, 9:], loaded), tokenizer.step(ids[:, 9:], state))
+
+
 def test_reset_of_slots_that_there_are_not(device):
     tokenizer = small(device)
     state = tokenizer.init_state(3)
@@ -339,6 +350,14 @@ def test_ids_that_there_are_not(device):
         else:
             with pytest.raises(IndexError, match="expected 0 to 255"):
                 tokenizer.step(ids, tokenizer.init_state(1))
+
+
+@pytest.mark.parametrize("ids", [b"bytes", "text", [[1, 2]]], ids=repr)
+def test_what_is_no_tensor(ids, device):
+    tokenizer = small(device)
+    for call in (lambda: tokenizer.step(ids, tokenizer.init_state(1)), lambda: tokenizer(ids)):
+        with pytest.raises(TypeError, match=r"^ids is of type (bytes|str|list); expected a tensor \(batch, time\), as .*encode makes it$"):
+            call()
 
 
 @pytest.mark.parametrize(

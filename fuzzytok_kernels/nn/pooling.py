@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fuzzytok_kernels.checks import check_lengths
+from fuzzytok_kernels.checks import check_at_least, check_lengths
 
 
 def segments_from_starts(starts: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -35,14 +35,16 @@ def pool(z: Tensor, segments: Tensor, count: int | None = None) -> Tensor:
     A mean sees the whole of its segment: a model that predicts bytes may give them the mean of the segment *before*, see `unpool`.
 
     Raises:
-        ValueError: segments is not (B, T), or reaches `count` (on a GPU that is an assertion of the device).
-        TypeError: segments is neither int32 nor int64.
+        ValueError: segments is not (B, T), or reaches `count` (on a GPU that is an assertion of the device); a count below 0.
+        TypeError: segments is neither int32 nor int64, or count no integer.
     """
     _check("z", z, segments)
     if count is None:
         count = int(segments.max()) + 1 if segments.numel() else 0
-    elif segments.device.type == "cpu" and segments.numel() and segments.max() >= count:
-        raise ValueError(f"segments reaches {segments.max()}; expected at most count - 1, {count - 1}")
+    else:
+        check_at_least(0, "count", count)
+        if segments.device.type == "cpu" and segments.numel() and segments.max() >= count:
+            raise ValueError(f"segments reaches {segments.max()}; expected at most count - 1, {count - 1}")
     rows, inside = torch.arange(len(z), device=z.device)[:, None], segments >= 0
     index = rows, torch.where(inside, segments, 0)  # what lies outside adds a zero to segment 0: a zero even where z has a NaN
     wide = torch.promote_types(z.dtype, torch.float32)

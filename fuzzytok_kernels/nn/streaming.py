@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class StreamState(NamedTuple):
-    """The state of `slots` streams; `FuzzyTokenizer.step` updates it in place. A tuple of tensors: it may be compiled, saved and moved.
+    """The state of `slots` streams; `FuzzyTokenizer.step` updates it in place. A tuple of tensors: it may be compiled, moved and saved,
+    as `tuple(state)`: of another class `torch.load` would unpickle nothing by default.
 
     history (slots, sum of (K-1)*d over the blocks, dim): what each block saw last, one block after the other, each circular.
     positions (slots,) int64: how many bytes each stream has seen.

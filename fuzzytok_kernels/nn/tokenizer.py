@@ -140,6 +140,7 @@ class FuzzyTokenizer(nn.Module, Pretrained):
             TypeError: ids is neither uint8 nor long, or the state is of another dtype (as after a change of autocast).
             IndexError: on the CPU, as `forward`. On a GPU such an id gives NaN, here and as long as the state remembers it.
         """
+        check_ids(ids)  # the op does too, but PyTorch has more to say to what is no tensor
         for i, block in enumerate(self.blocks):
             # By what it has, not by its class: the wrappers of torch.compile and of checkpointing show what they wrap.
             if getattr(block, "activation", None) != self.activation or not isinstance(getattr(block, "norm", None), nn.Identity):
