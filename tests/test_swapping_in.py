@@ -71,6 +71,13 @@ def test_a_depthwise_filter_as_a_dense_one(x, device):
     want = F.silu(F.conv1d(F.pad(x, (K - 1, 0)), filters[:, None], b, groups=8))
     dense = torch.diag_embed(filters.flip(-1).T).permute(1, 2, 0)  # (C, C, K)
     close(causal_conv1d(x, dense, b, activation="silu"), want)
+    close(causal_conv1d(x.mT.contiguous().mT, dense, b, activation="silu"), want)  # (B, T, C) seen through .mT
+    y, final_state = causal_conv1d(x[..., 5:], dense, b, activation="silu", initial_state=x[..., 3:5], return_final_state=True)
+    close(y, want[..., 5:])
+    assert torch.equal(final_state, x[..., -2:])
+    ends = torch.tensor([0, 5, 20], dtype=torch.int32, device=x.device)  # the sequence of each step is 0 for five of them, then 1
+    split = [F.silu(F.conv1d(F.pad(part, (K - 1, 0)), filters[:, None], b, groups=8)) for part in (x[:1, :, :5], x[:1, :, 5:])]
+    close(causal_conv1d(x[:1], dense, b, activation="silu", cu_seqlens=ends), torch.cat(split, 2))
     state = x.new_zeros(2, 8, K - 1)
     close(torch.stack([causal_conv1d_update(x[..., t], state, dense, b, activation="silu") for t in range(20)], 2), want)
     assert torch.equal(state, x[..., -2:])
