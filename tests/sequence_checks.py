@@ -285,3 +285,17 @@ def boundaries_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=rf"^cu_seqlens ends with 5; expected the time steps of the packed batch, {5 * size}$"):
         ends = torch.tensor([0, 5], dtype=torch.int32)
         distributed.causal_conv1d(x, conv.weight, group=mesh_of(size).get_group(), cu_seqlens=ends)
+
+
+def boundaries_of_a_stack_are_refused(size: int) -> None:
+    """By every rank with the same words, though what is cut to a rank's steps may look right there."""
+    tokenizer = parallelize_module(new_tokenizer(), mesh_of(size), TimeParallel())
+    ids, total = torch.zeros(1, 50, dtype=torch.long), 50 * size
+    for ends, message in {
+        (0, 30, total + 1): f"cu_seqlens ends with {total + 1}; expected the time steps of the packed batch, {total}",
+        (0, 50): f"cu_seqlens ends with 50; expected the time steps of the packed batch, {total}",
+        (7, 30, total): "cu_seqlens begins with 7; expected 0",
+        (0, 30, 10, total): "cu_seqlens falls from 30 to 10 at number 2; expected values that never decrease",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            tokenizer(ids, torch.tensor(ends, dtype=torch.int32))

@@ -186,6 +186,10 @@ def test_boundaries_are_refused(ranks):
     ranks.run(sequence_checks.boundaries_are_refused, 2)
 
 
+def test_boundaries_of_a_stack_are_refused(ranks):
+    ranks.run(sequence_checks.boundaries_of_a_stack_are_refused, 2)
+
+
 @pytest.mark.parametrize("kind", ["state", "packed"])
 @pytest.mark.parametrize("way", ["batch", "column", "row", "replicated"])
 def test_dtensor_sequences(way, kind, ranks):

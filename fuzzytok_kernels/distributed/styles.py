@@ -8,6 +8,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate, 
 from torch.distributed.tensor.parallel import ParallelStyle
 
 import fuzzytok_kernels.distributed.sharding  # noqa: F401 (registers the rules)
+from fuzzytok_kernels.checks import check_boundaries
 from fuzzytok_kernels.distributed.exchange import TimeShards
 from fuzzytok_kernels.distributed.sequence import causal_conv1d, with_history
 from fuzzytok_kernels.nn import CausalConv1d
@@ -111,6 +112,8 @@ class _ExchangesAtTheInput(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         shards, T = TimeShards.of(x.shape[-1], self.time_group), x.shape[-1]
         before = shards.before(self.time_history)
+        if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+            check_boundaries(cu_seqlens, sum(shards.lengths))  # what is cut to this rank's steps may look right
         sequences = [] if cu_seqlens is None else [shards.boundaries(cu_seqlens, before, T)]
         y = super().forward(with_history(x, self.time_history, shards), *sequences)
         return y.narrow(x.dim() - 1, before, T)
