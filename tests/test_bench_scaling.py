@@ -1,6 +1,7 @@
 """The cost model of bench.scaling: it returns what was measured where something was, and behaves as what it models."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from modes import not_interpreted
@@ -50,7 +51,14 @@ def test_more_ranks_cost_more(kernels):
 
 
 def test_the_table(capsys):
+    """It is the README's, whose kernel times are therefore those of the files in `tuning_cache/`."""
     scaling.main()
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    printed = capsys.readouterr().out
+    table = "".join(line for line in printed.splitlines(keepends=True) if line.startswith("|"))
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     assert [row[0].removeprefix("| ") for row in rows[1:]] == ["1", "2", "4", "8", "16", "64", "256", "1,024"]
     assert len({len(row) for row in rows}) == 1
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8").replace("µs", "us").replace(" %", "%")
+    assert table in readme, "the README's table is of other kernel times: python3 -m bench.scaling prints the new one"
+    alone = int(printed.partition(" us of kernels")[0].rpartition(" ")[2].replace(",", ""))
+    assert f"bytes a rank: {alone / 1e3:.2f} ms of kernels" in readme
