@@ -12,6 +12,8 @@ import pytest
 import torch
 from modes import ON_CUDA, not_interpreted
 
+from fuzzytok_kernels.examples import train
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 60
 GPUS = torch.cuda.device_count()
@@ -75,3 +77,18 @@ def test_without_torchrun(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"} | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stderr.strip().splitlines()[-1][:23]) == (1, "run it under torchrun: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--time-ranks=0", "--time-ranks is 0; expected at least 1"),
+        ("--every=0", "--every is 0; expected at least 1"),
+        ("--length=10000000", r"--file=\S+README.md has \d+ bytes; expected more than the 10000000 of --length"),
+    ],
+)
+def test_options_are_refused(option, message, monkeypatch, tmp_path):
+    """Before the ranks meet, by each alike."""
+    monkeypatch.setattr(sys, "argv", ["train", f"--file={ROOT / 'README.md'}", f"--checkpoints={tmp_path}", option])
+    with pytest.raises(SystemExit, match=f"^{message}$"):
+        train._options()

@@ -83,7 +83,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--timeout", type=float, default=600, help="seconds that a rank waits for another")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name in ("time_ranks", "every", "batch", "length", "dim"):
+        if getattr(options, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1")
+    if (size := options.file.stat().st_size) <= options.length:
+        raise SystemExit(f"--file={options.file} has {size} bytes; expected more than the {options.length} of --length")
+    return options
 
 
 def _model(dim: int, device: torch.device) -> ByteLM:
