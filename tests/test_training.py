@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -111,7 +111,7 @@ def test_optimisers(kind, how, device):
 
 @not_interpreted
 def test_what_wants_contiguous_parameters(device):
-    """LBFGS, and the parameters as one vector."""
+    """LBFGS, the parameters as one vector, and pruning."""
     net, (x, target) = with_contiguous_parameters(new_net(device)), batch(device)
     optimiser = torch.optim.LBFGS(net.parameters(), lr=0.5)
 
@@ -126,6 +126,9 @@ def test_what_wants_contiguous_parameters(device):
     other = with_contiguous_parameters(new_net(device, seed=5))
     vector_to_parameters(parameters_to_vector(net.parameters()), other.parameters())
     close(net(x), other(x))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    net(x)
+    assert int((net[0].weight == 0).sum()) == net[0].weight.numel() // 2
 
 
 @not_interpreted
