@@ -49,6 +49,17 @@ def weight_grad_metadata(grid: tuple, metadata: Any, args: dict[str, Any]) -> di
     }
 
 
+def update_metadata(grid: tuple, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """Of a launch behind a state, of which each step reads K - 1 entries at most."""
+    x, rows, taps = args["x"], args["B"] * args["L"], args["K"] * args["c_in"]
+    entries = rows * (taps - args["c_in"]) * x.element_size()
+    return {
+        "name": metadata.name,
+        _flops(x): 2 * rows * taps * args["c_out"],
+        "bytes": entries + sum(_bytes(args[tensor]) for tensor in ("x", "weight", "residual", "y")),
+    }
+
+
 def moved_metadata(grid: tuple, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     """Of a kernel that reads and writes each of its tensors once."""
     return {"name": metadata.name, "bytes": sum(_bytes(value) for value in args.values() if hasattr(value, "data_ptr"))}

@@ -55,6 +55,12 @@ with force(path="tma", BLOCK_T=16, BLOCK_C_IN=16, BLOCK_C_OUT=32, num_warps=4, n
     first = x.contiguous()  # is copied to channels-last
     copied = ["causal_conv1d_channels_last", "causal_conv1d_tma"]
     check(lambda: launch.causal_conv1d(first, weight, bias, 2), copied, 0, 2 * of_x)
+
+from fuzzytok_kernels.streaming import launch as streaming
+state, step = torch.empty(B, c_in, 4, dtype=torch.bfloat16), torch.empty(B, c_in, 1, dtype=torch.bfloat16)
+after = lambda: streaming.causal_conv1d_update(step, state, weight, bias, None, None, None, 2, "silu")
+of_step = 2 * B * (c_in * K + c_out)  # it, two entries of the state, and y
+check(after, ["causal_conv1d_update", "causal_conv1d_update_shift"], products // T, weights + of_step)
 """
 
 

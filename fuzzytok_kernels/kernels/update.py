@@ -21,9 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fuzzytok_kernels.kernels.activation import activate, gate
 from fuzzytok_kernels.kernels.dot import dot
+from fuzzytok_kernels.profile import fixed_name, update_metadata
 
 
-@triton.jit
+@triton.jit(repr=fixed_name("causal_conv1d_update"), launch_metadata=update_metadata)
 def update_kernel(
     x, state, weight, bias, residual, y, positions, slots, past,
     B, L, c_in, c_out, n_slots, dilation, history, offset, past_history, past_offset, past_programs,
@@ -116,7 +117,7 @@ def update_kernel(
         tl.store(y + (b * stride_yb + t * stride_yt)[:, None] + co[None, :] * stride_yc, out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(repr=fixed_name("causal_conv1d_update_remember"))
 def remember_kernel(
     x, state, positions, slots, L, c_in, n_slots, history, offset,
     stride_xb, stride_xc, stride_xt, stride_sn, stride_sc, stride_st,
@@ -137,7 +138,7 @@ def remember_kernel(
             tl.store(positions + slot, position + L)
 
 
-@triton.jit
+@triton.jit(repr=fixed_name("causal_conv1d_update_shift"))
 def shift_kernel(
     x, state, slots, L, c_in, n_slots, history, stride_xb, stride_xc, stride_xt, stride_sn, stride_sc, stride_st,
     HAS_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -163,7 +164,7 @@ def shift_kernel(
             tl.store(state + slot * stride_sn + to[:, None] * stride_st + c[None, :] * stride_sc, values, mask=mask)
 
 
-@triton.jit
+@triton.jit(repr=fixed_name("causal_conv1d_update_prepend"))
 def prepend_kernel(
     x, state, out, positions, slots, L, c_in, n_slots, history, offset,
     stride_xb, stride_xc, stride_xt, stride_sn, stride_sc, stride_st,
@@ -188,7 +189,7 @@ def prepend_kernel(
     tl.store(out + (b * steps + to)[:, None] * c_in + c[None, :], values, mask=mask)
 
 
-@triton.jit
+@triton.jit(repr=fixed_name("embedding_norm"))
 def embedding_norm_kernel(
     ids, embedding, weight, bias, out, L, channels, n_ids, eps, stride_ib, stride_it, stride_en, stride_ec, stride_w, stride_b,
     PDL: tl.constexpr, BLOCK_C: tl.constexpr,
