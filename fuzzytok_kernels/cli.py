@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import io
+import sys
 from collections.abc import Sequence
 
 # A sub-command's module has a main(arguments) -> exit status, and is imported only when it is asked for.
@@ -25,5 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=_COMMANDS, help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; `fuzzytok COMMAND --help` lists them")
     chosen = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character costs that character alone
     module, _ = _COMMANDS[chosen.command]
     return importlib.import_module(module).main(chosen.arguments)

@@ -237,9 +237,7 @@ def _print_sample(model: ByteLM, prompt: bytes, device: torch.device) -> None:
     begin = time.perf_counter()
     with _autocast(device):
         for (piece,) in model.generate(prompt, _SAMPLE, temperature=0.7, seed=0):
-            shown = "".join(c if c.isprintable() else "\n           " if c == "\n" else "." for c in piece)
-            encoding = sys.stdout.encoding or "utf-8"
-            print(shown.encode(encoding, "replace").decode(encoding), end="", flush=True)
+            print("".join(c if c.isprintable() else "\n           " if c == "\n" else "." for c in piece), end="", flush=True)
     print(f"\n           ({_SAMPLE} bytes in {time.perf_counter() - begin:.1f} s)")
 
 

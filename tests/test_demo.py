@@ -1,8 +1,10 @@
 """`fuzzytok demo`, run as a user runs it but on a small model and a short text."""
 
+import io
 import math
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -106,6 +108,15 @@ def test_any_text_is_encoded(text, small, file, capsys):
     status, out = run(capsys, "--file", str(file), "--text", text, "--seconds", "0.01")
     assert status == 0
     assert f"encode     {text!r}" in out
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_what_a_terminal_cannot_show_is_replaced(encoding, small, file, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["demo", "--file", str(file), "--text", "日本", "--seconds", "0.01"]) == 0
+    out.seek(0)
+    assert "encode     '??': 6 bytes" in out.read()
 
 
 def refused(capsys, *arguments: str) -> str:
