@@ -68,6 +68,25 @@ def test_explain_for_a_gpu_that_is_not_there(places, capsys, monkeypatch):
         assert error.endswith("sm80, Fake GPU 9000 Ti\n")
 
 
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"gpu": {"name": "Odd", "arch": "smXY", "sm_count": 0, "shared_memory": 0}}'], ids=len)
+def test_a_broken_file_is_not_in_the_way(text, places, capsys):
+    path = places.put(places.shipped, 3)
+    store.path_of(places.own, GPU._replace(name="Odd"), OP).parent.mkdir(parents=True)
+    store.path_of(places.own, GPU._replace(name="Odd"), OP).write_text(text)
+    assert f"served by   {path}" in explained(capsys, "--gpu", GPU.name)
+    with pytest.raises(SystemExit):
+        main(["explain", *SHAPE, "--gpu", "Odd"])
+    assert "known are: " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_in_the_way(places, capsys, monkeypatch):
+    path = places.put(places.shipped, 3)
+    monkeypatch.setenv("FUZZYTOK_TUNING_DIR", "x" * 5000)  # an OSError for root too, whom no permissions stop
+    assert f"served by   {path}" in explained(capsys, "--gpu", GPU.name)
+    assert main(["info"]) == 0
+    assert "xxx (does not exist)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--op", OP], ["--shape", "1,2,3,4,5"], [*SHAPE[:2], "--shape", "1,2,3"], [*SHAPE, "--dilation", "0"]], ids=str
 )

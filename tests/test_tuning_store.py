@@ -223,7 +223,14 @@ def test_broken_file(content, tmp_path):
     assert not read_with_one_warning(path)[0]
 
 
-@pytest.mark.parametrize("change", [{"gpu": None}, {"gpu": {"arch": "sm90"}}, {"entries": None}, {"entries": {}}], ids=str)
+WRONG_HEADERS: list[dict] = [
+    *({"gpu": gpu} for gpu in (None, {"arch": "sm90"})),
+    *({"gpu": GPU._replace(**fields)._asdict()} for fields in ({"arch": "smXY"}, {"arch": "../sm90"}, {"sm_count": 0}, {"shared_memory": -1})),
+    *({"entries": entries} for entries in (None, {})),
+]
+
+
+@pytest.mark.parametrize("change", WRONG_HEADERS, ids=str)
 def test_broken_header(change, tmp_path):
     assert not read_with_one_warning(edited(stored(tmp_path), lambda content: content.update(change)))[0]
 

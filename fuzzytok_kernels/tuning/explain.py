@@ -1,6 +1,7 @@
 """`fuzzytok explain`: which tuning file and entry serves a problem, and why the others do not."""
 
 import argparse
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -38,10 +39,10 @@ def known_gpus() -> dict[str, Gpu]:
     """Common GPUs and those that tuning files were written for, by name; an architecture's default by the architecture's."""
     known = {gpu.name: gpu for gpu in KNOWN}
     for folder in lookup.folders().values():
-        for path in sorted(folder.glob("*/*/*.json")) if folder else ():
+        for path in sorted(folder.glob("*/*/*.json")) if folder and os.path.isdir(folder) else ():
             try:
                 gpu, _ = store.header(path)
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             known[gpu.arch if gpu.name == "generic" else gpu.name] = gpu
     return known

@@ -1,6 +1,7 @@
 """`fuzzytok info`: the GPUs, the versions, the folders of tuning files, and how many entries apply here."""
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,7 +29,7 @@ def _machine(gpus: list[Gpu]) -> Iterator[str]:
 
 def _folders() -> Iterator[str]:
     for name, folder in lookup.folders().items():
-        state = "not set" if folder is None else str(folder) if folder.is_dir() else f"{folder} (does not exist)"
+        state = "not set" if folder is None else str(folder) if os.path.isdir(folder) else f"{folder} (does not exist)"
         yield f"folder     {name}: {state}"
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -119,7 +120,10 @@ def _gpu(content: dict) -> Gpu:
     fields = content.get("gpu")
     if not isinstance(fields, dict) or [type(fields.get(name)) for name in Gpu._fields] != [str, str, int, int]:
         raise ValueError(f"gpu is {fields!r}, expected its {', '.join(Gpu._fields)}")
-    return Gpu(*(fields[name] for name in Gpu._fields))
+    gpu = Gpu(*(fields[name] for name in Gpu._fields))
+    if not re.fullmatch(r"sm[0-9]+|gfx[0-9a-f]+", gpu.arch) or gpu.sm_count < 1 or gpu.shared_memory < 1:
+        raise ValueError(f"gpu is {fields!r}, expected an arch as sm90 or gfx942, and positive numbers")
+    return gpu
 
 
 def _usable(path: Path, content: dict, gpu: Gpu, op: str) -> tuple[list[Entry], str | None]:
