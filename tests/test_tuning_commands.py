@@ -68,7 +68,9 @@ def test_explain_for_a_gpu_that_is_not_there(places, capsys, monkeypatch):
         assert error.endswith("sm80, Fake GPU 9000 Ti\n")
 
 
-@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"gpu": {"name": "Odd", "arch": "smXY", "sm_count": 0, "shared_memory": 0}}'], ids=len)
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, '{"gpu": {"name": "Odd", "arch": "smXY", "sm_count": 0, "shared_memory": 0}}'], ids=len
+)
 def test_a_broken_file_is_not_in_the_way(text, places, capsys):
     path = places.put(places.shipped, 3)
     store.path_of(places.own, GPU._replace(name="Odd"), OP).parent.mkdir(parents=True)
@@ -108,3 +110,29 @@ def test_info(places, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["info"]) == 0
     assert "gpu        none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("", "--model is ''; expected MODULE:CALLABLE"),
+        ("os", "--model is 'os'; expected MODULE:CALLABLE"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("os:nothing", "has no attribute 'nothing'"),
+        ("os:sep", "os:sep is a str; expected what can be called without arguments"),
+        ("os:getcwd", "nothing in os:getcwd ran an op that is tuned; does it run on the GPU?"),
+    ],
+)
+def test_warmup_refuses_a_model_by_name(model, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as exit:
+        main(["warmup", "--model", model])
+    assert exit.value.code != 0
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_error_inside_a_model_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(store, "model", lambda: None.forward, raising=False)
+    with pytest.raises(AttributeError, match="forward"):
+        main(["warmup", "--model", f"{store.__name__}:model"])

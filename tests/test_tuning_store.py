@@ -225,7 +225,10 @@ def test_broken_file(content, tmp_path):
 
 WRONG_HEADERS: list[dict] = [
     *({"gpu": gpu} for gpu in (None, {"arch": "sm90"})),
-    *({"gpu": GPU._replace(**fields)._asdict()} for fields in ({"arch": "smXY"}, {"arch": "../sm90"}, {"sm_count": 0}, {"shared_memory": -1})),
+    *(
+        {"gpu": GPU._replace(**fields)._asdict()}
+        for fields in ({"arch": "smXY"}, {"arch": "../sm90"}, {"sm_count": 0}, {"shared_memory": -1})
+    ),
     *({"entries": entries} for entries in (None, {})),
 ]
 

@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -77,13 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if (chosen.op is None) != (chosen.shape is None) or (chosen.op is not None and chosen.model is not None):
         parser.error("name a problem by --op and --shape, or a --model, or neither")
+    if chosen.model is not None and not all(chosen.model.partition(":")):
+        parser.error(f"--model is {chosen.model!r}; expected MODULE:CALLABLE")
     if not torch.cuda.is_available():
         parser.exit(1, "fuzzytok warmup: tuning measures on a GPU, and there is none\n")
     started, folder = time.monotonic(), chosen.out or user_folder()
     try:
-        jobs = _jobs(chosen)
+        model = None if chosen.model is None else _imported(chosen.model)
+    except (ImportError, AttributeError) as error:
+        parser.exit(1, f"fuzzytok warmup: {error}\n")
+    jobs = _jobs(chosen) if model is None else [job_of(problem) for problem in _problems_of(model)]
+    if not jobs:
+        parser.exit(1, f"fuzzytok warmup: nothing in {chosen.model} ran an op that is tuned; does it run on the GPU?\n")
+    try:
         entries = tune(jobs, folder, MOST_QUICK if chosen.quick else MOST)
-    except (OSError, ImportError, AttributeError) as error:
+    except OSError as error:
         parser.exit(1, f"fuzzytok warmup: {error}\n")
     gains = [entry.default_us / entry.time_us for entry in entries if entry.default_us and entry.time_us]
     gain = f", {statistics.geometric_mean(gains):.2f} times as fast as the default" if gains else ""
@@ -95,17 +103,21 @@ def _jobs(chosen: argparse.Namespace) -> list[Job]:
     if chosen.op is not None:
         problem, dilation, B, T = problem_from(chosen)
         return [Job(problem, B, T, dilation)]
-    if chosen.model is not None:
-        return [job_of(problem) for problem in _problems_of(chosen.model)]
     return default_jobs(facts(torch.device("cuda", torch.cuda.current_device())).descriptors)
 
 
-def _problems_of(name: str) -> list[Problem]:
-    """What the callable "module:name" meets; the module may lie in the current folder. Raises ImportError or AttributeError."""
+def _imported(name: str) -> Callable[[], object]:
+    """The callable "module:name"; the module may lie in the current folder. Raises ImportError or AttributeError."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    call = getattr(importlib.import_module(module), attribute)
+    model = getattr(importlib.import_module(module), attribute)
+    if not callable(model):
+        raise ImportError(f"{name} is a {type(model).__name__}; expected what can be called without arguments")
+    return model
+
+
+def _problems_of(model: Callable[[], object]) -> list[Problem]:
     with record_problems() as problems:
-        call()
+        model()
     return sorted(problems)
