@@ -8,10 +8,10 @@ from concurrent.futures import Future
 import pytest
 from modes import INTERPRETED, ON_CUDA, needs_cuda, not_interpreted, run_python
 
-from fuzzytok_kernels import kernels
+from fuzzytok_kernels import kernels, tuning
 from fuzzytok_kernels.tuning import Problem
 from fuzzytok_kernels.tuning.gpu import Gpu
-from fuzzytok_kernels.tuning.lookup import shipped_folder
+from fuzzytok_kernels.tuning.lookup import shipped_folder, user_folder
 from fuzzytok_kernels.tuning.space import OPS, candidates, default_config, predicted
 from fuzzytok_kernels.tuning.store import path_of, read
 from fuzzytok_kernels.tuning.worker import Worker, WorkerError
@@ -138,6 +138,18 @@ def test_the_fastest_wins_and_is_stored(made_up, tmp_path):
     (entry,) = tuner.tune([tuner.job_of(PROBLEM)], tmp_path, 6)
     assert (entry.config, entry.time_us, entry.default_us) == (best, 50.0, 100.0)
     assert read(path_of(tmp_path, GPU, PROBLEM.op), GPU, PROBLEM.op) == ([entry], None)
+
+
+def test_what_was_recorded_is_tuned_and_served_in_this_process(places, made_up):
+    """As the README says it."""
+    race_by, _ = made_up
+    best = candidates(PROBLEM, 6, GPU)[3]
+    race_by(lambda config: 0.5 if config == best else 0.9)
+    with tuning.record_problems() as problems, pytest.warns(UserWarning, match="not tuned for"):
+        assert tuning.get_config(0, PROBLEM) == default_config(PROBLEM)
+    tuner.tune(map(tuner.job_of, problems), user_folder())
+    tuning.forget()
+    assert tuning.get_config(0, PROBLEM) == best
 
 
 @pytest.mark.parametrize("share", [0.99, 1.0, 1.5, float("inf")])
