@@ -280,11 +280,30 @@ def test_entry_of_another_kind(line, tmp_path):
 def test_merge_keeps_a_foreign_file_aside(tmp_path):
     path = edited(stored(tmp_path), lambda content: content.update(schema=99))
     foreign = path.read_bytes()
-    with pytest.warns(UserWarning, match="causal_conv1d.json.bad: schema is 99, expected 1") as caught:
+    with pytest.warns(UserWarning, match=r"causal_conv1d.json\.99-\w+-\w+\.bad: schema is 99, expected 1") as caught:
         stored(tmp_path, entry(512))
     assert len(caught) == 1
     assert read_silently(path)[0] == [entry(512)]
-    assert path.with_name("causal_conv1d.json.bad").read_bytes() == foreign
+    (aside,) = path.parent.glob("*.bad")
+    assert aside.read_bytes() == foreign
+
+
+@pytest.mark.filterwarnings("ignore:fuzzytok_kernels keeps the former")
+def test_two_versions_that_share_a_folder_lose_nothing(tmp_path, monkeypatch):
+    for turn, c_in in enumerate((64, 128, 192, 256, 320, 384)):
+        with monkeypatch.context() as patch:
+            if turn % 2:
+                patch.setattr(store, "kernel_hash", lambda op: "0123456789abcdef")
+            path = stored(tmp_path, entry(c_in))
+            assert [had.problem.c_in for had in read_silently(path)[0]] == [64 + 64 * n for n in range(turn % 2, turn + 1, 2)]
+
+
+@pytest.mark.parametrize("version", ["../../../../evil", "", None, [], "0" * 17])
+def test_a_foreign_file_does_not_choose_its_name(version, tmp_path):
+    path = edited(stored(tmp_path), lambda content: content.update(kernel_hash=version))
+    with pytest.warns(UserWarning, match=r"causal_conv1d\.json\.bad"):
+        stored(tmp_path, entry(512))
+    assert path.with_name("causal_conv1d.json.bad").exists()
 
 
 def test_merge_keeps_the_good_entries_of_a_broken_file(tmp_path):

@@ -69,8 +69,9 @@ def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured
     """Add `entries` to the file of `gpu` and `op` below `directory`, each in place of an older one of its problem; return its path.
 
     Safe against other processes that merge at the same time and against being killed. A file that holds anything that `read` refuses
-    is kept beside the new one as `.bad`. `measured` says how the times were taken. Raises OSError if the folder cannot be written, and
-    ValueError if an entry is one that `read` would refuse.
+    is kept beside the new one as `.bad`; that of another version of the package under a name of its own, and what is kept so of this
+    version lives on: two that share a folder lose nothing of each other. `measured` says how the times were taken. Raises OSError if
+    the folder cannot be written, and ValueError if an entry is one that `read` would refuse.
     """
     from filelock import FileLock
 
@@ -83,7 +84,9 @@ def merge(directory: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured
         with FileLock(path.with_name(f".{op}.lock")):
             kept, refusal = read(path, gpu, op)
             if refusal and path.exists():
-                _keep_aside(path, refusal, whole=not kept)
+                _keep_aside(path, op, refusal, whole=not kept)
+            if not kept:
+                kept, _ = read(_aside(path, _version(op)), gpu, op)
             merged = {entry.problem: entry for entry in [*kept, *entries]}
             _write(path, gpu, op, merged.values(), measured)
     except OSError as error:
@@ -188,11 +191,31 @@ def _broken(path: Path, *why: str) -> str:
 # ---- writing
 
 
-def _keep_aside(path: Path, refusal: str, whole: bool) -> None:
+def _keep_aside(path: Path, op: str, refusal: str, whole: bool) -> None:
     """Keep a file that is about to be replaced; only a copy, if some of its entries live on and must outlast a kill."""
-    aside = path.with_name(f"{path.name}.bad")
+    version = _version_of(path)
+    aside = path.with_name(f"{path.name}.bad") if version is None or version == _version(op) else _aside(path, version)
     (os.replace if whole else shutil.copyfile)(path, aside)
     warnings.warn(f"fuzzytok_kernels keeps the former {path} as {aside.name}: {refusal}", stacklevel=3)
+
+
+def _aside(path: Path, version: str) -> Path:
+    return path.with_name(f"{path.name}.{version}.bad")
+
+
+def _version(op: str) -> str:
+    """That of the files which this version of the package writes for `op`."""
+    return f"{SCHEMA}-{kernel_hash(op)}-{space_hash()}"
+
+
+def _version_of(path: Path) -> str | None:
+    """That of a file; None if it is broken."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        version = "-".join(str(content[name]) for name in ("schema", "kernel_hash", "space_hash"))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return version if re.fullmatch(r"[0-9]+-[0-9a-f]{16}-[0-9a-f]{16}", version) else None
 
 
 def _write(path: Path, gpu: Gpu, op: str, entries: Iterable[Entry], measured: Mapping[str, Any]) -> None:
