@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ def _gpu_facts(device: torch.device) -> Facts:
 def runs_triton(device: torch.device) -> bool:
     """True for a GPU that Triton uses well, and for the CPU under `TRITON_INTERPRET=1`; warns once of a GPU that is left out."""
     if device.type != "cuda":
-        return _installed() and _interprets()
+        return _installed() and not _too_old() and _interprets()
     reason = _reason_against(device)
     if reason is not None:
         warnings.warn(
@@ -51,6 +52,8 @@ def runs_triton(device: torch.device) -> bool:
 def _reason_against(device: torch.device) -> str | None:
     if not _installed():
         return "Triton is not installed"
+    if too_old := _too_old():
+        return too_old
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton does not use the tensor cores of GPUs before Ampere"
     from fuzzytok_kernels.private_triton import driver
@@ -64,6 +67,14 @@ def _reason_against(device: torch.device) -> str | None:
 
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _too_old() -> str | None:
+    """Why this Triton cannot run the kernels: before 3.6, what `private_triton` imports may be missing."""
+    import triton
+
+    numbers = [int(number) for number in re.findall(r"\d+", triton.__version__)[:2]]
+    return f"Triton {triton.__version__} is older than 3.6" if numbers < [3, 6] else None
 
 
 def _interprets() -> bool:

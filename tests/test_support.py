@@ -1,5 +1,6 @@
 """Where the ops run: GPUs that Triton cannot use well, threads, processes without a GPU."""
 
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
@@ -55,6 +56,21 @@ def test_without_triton_the_reference(monkeypatch):
     assert support.runs_triton.__wrapped__(torch.device("cpu")) is False
     with pytest.warns(UserWarning, match="Triton is not installed; convolutions on A GPU"):
         assert support.runs_triton.__wrapped__(torch.device("cuda:0")) is False
+
+
+def test_with_an_older_triton_the_reference(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.5.1")
+    monkeypatch.setitem(sys.modules, "fuzzytok_kernels.private_triton", None)  # cannot be imported there
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
+    assert support.runs_triton.__wrapped__(torch.device("cpu")) is False
+    with pytest.warns(UserWarning, match=r"Triton 3\.5\.1 is older than 3\.6; convolutions on A GPU"):
+        assert support.runs_triton.__wrapped__(torch.device("cuda:0")) is False
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.1+git0123", "4.0"])
+def test_a_newer_triton_is_not_too_old(version, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    assert support._too_old() is None
 
 
 def test_without_a_driver_the_reference(monkeypatch):
