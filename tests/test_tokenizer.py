@@ -266,6 +266,7 @@ def test_what_is_no_text_is_refused(text, device):
         (dict(kernel_size="3"), "kernel_size is '3'; expected an integer"),
         (dict(dilations=3), "dilations is 3; expected a sequence of integers"),
         (dict(dilations=(1, 0)), "dilation is 0; expected at least 1"),
+        (dict(dilations="12"), "dilation is '1'; expected an integer"),
         (dict(embedding_dim=0), "embedding_dim is 0; expected at least 1"),
     ],
     ids=str,

@@ -66,7 +66,7 @@ class FuzzyTokenizer(nn.Module, Pretrained):
             raise TypeError(f"dilations is {dilations!r}; expected a sequence of integers, one a block")
         dilations = tuple(dilations)
         sizes = {"dim": dim, "kernel_size": kernel_size, "embedding_dim": 1 if embedding_dim is None else embedding_dim}
-        for name, value in sizes.items():
+        for name, value in [*sizes.items(), *(("dilation", dilation) for dilation in dilations)]:
             check_at_least(1, name, value)
         self.fold = fold
         self.config = dict(
