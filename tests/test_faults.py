@@ -114,7 +114,7 @@ def test_each_op_falls_back(op, stored, device, strict, monkeypatch):
     inputs = make_inputs(SHAPE, torch.float16, device, "channels-last", "channels-last")
     with pytest.warns(UserWarning, match="does not fit") as caught:
         OPS[op](*inputs.args(op))
-    assert len(caught) == 1
+    assert len([warning for warning in caught if "does not fit" in str(warning.message)]) == 1  # NumPy warns too, under Triton 3.6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_accurate(inputs)
