@@ -195,8 +195,8 @@ def _sums(same, values, PRECISION: tl.constexpr):
     else:  # two products, of leading bits and the rest: rounded once to fp16, the bias-grad broke the error rule
         leading = 0xFFFF0000 if same.dtype == tl.bfloat16 else 0xFFFFE000  # of TF32 in fp32: 0 and 1 are exact in it
         high = (values.to(tl.uint32, bitcast=True) & leading).to(tl.float32, bitcast=True)
-        total = tl.dot(same, high.to(same.dtype), total, input_precision="tf32")
-        return tl.dot(same, (values - high).to(same.dtype), total, input_precision="tf32")
+        total = tl.dot(same, high.to(same.dtype), total, input_precision=PRECISION)
+        return tl.dot(same, (values - high).to(same.dtype), total, input_precision=PRECISION)
 
 
 @triton.jit
