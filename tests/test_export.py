@@ -100,7 +100,8 @@ def test_an_aotinductor_package_runs_where_the_package_is_imported(device, tmp_p
             raise
         with pytest.raises(AssertionError, match="exit status -"):
             run_python(f"import torch; torch._inductor.aoti_load_package({package_of_pytorch(device, tmp_path)!r})")
-        pytest.skip("a package of nn.Linear crashes too: std::regex of this g++ beside that of PyTorch, under parse_device_str")
+        # On an H100 (torch 2.11, g++ 13) in parse_device_str: its std::regex met facets of the other libstdc++ and called a wrong method.
+        pytest.skip("PyTorch loads no package here: one of its own nn.Linear crashes too")
 
 
 def packaged(program: torch.export.ExportedProgram, folder) -> str:

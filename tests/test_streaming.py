@@ -7,13 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from modes import HALF, KERNELS_RUN, ON_CUDA, interpreter_cannot, needs_cuda
+from modes import HALF, KERNELS_RUN, ON_CUDA, needs_cuda
 from oracle import LAYOUTS, poisoned, randn
 from test_tokenizer import plain
 from torch import Tensor
 
-from bench import streaming as bench
-from bench.measure import WrongResultError
 from fuzzytok_kernels import FuzzyTokenizer, ResidualCausalBlock, StreamState
 
 STACK = torch.ops.fuzzytok.residual_stack_update.default
@@ -425,44 +423,3 @@ def test_the_ops_refuse_gradients(device):
     table = torch.ones(3, 4, device=device, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"embedding_norm has no derivative"):
         EMBED(torch.zeros(1, 1, dtype=torch.long, device=device), table, table[0], table[0], 1e-5)
-
-
-# ---- bench.streaming
-
-
-@interpreter_cannot("fp64 is the oracle's")
-@pytest.mark.parametrize("form", [bench.Ours, bench.Padded, bench.Ring])
-def test_the_rivals_are_the_same_tokenizer(form, device):
-    with torch.no_grad():
-        assert bench.error(small(device, dilations=(1, 2, 4) * 3), form, 3, 50) < 1e-5
-
-
-@interpreter_cannot("fp64 is the oracle's")
-def test_a_wrong_rival_is_not_timed(device):
-    class Forgetful(bench.Ours):
-        def __call__(self, ids: Tensor) -> Tensor:
-            self.state.reset()
-            return super().__call__(ids)
-
-    with torch.no_grad(), pytest.raises(WrongResultError):
-        bench.error(small(device, dilations=(1, 2, 4) * 3), Forgetful, 2, 50)
-
-
-def test_the_bars_are_judged(device):
-    steps = {
-        batch: {"ours": bench.Step(us, us), "one": bench.Step(100.0, 90.0), "one, compiled": bench.Step(50.0, 50.0)}
-        for batch, us in ((1, 30.0), (8, 35.0), (64, 41.0))
-    }
-    tokenizer = small(device)
-    rows = bench.bars(tokenizer, steps, 1.2)
-    verdicts = [row.split(" | ")[-1].removesuffix(" |") for row in rows[2:]]
-    assert verdicts == ["met", "met", "missed", "missed", "missed", "met"]
-    assert "3.33x" in rows[3]
-    assert bench.step_table(steps)[2] == "| ours | 30.0 | 30.0 | 35.0 | 35.0 | 41.0 | 41.0 |"
-
-
-@pytest.mark.skipif(ON_CUDA, reason="without a GPU")
-def test_without_a_gpu_the_bench_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="there is none"):
-        bench.main([])
