@@ -313,17 +313,25 @@ SUBJECTS = {
     "byte_causal_conv1d": Subject(
         _bytes, {"activation": tuple(ACTIVATIONS), "packed": (False, True)}, launch="fuzzytok_kernels.byte_launch"
     ),
+    "byte_causal_conv1d_grad": Subject(
+        _byte_grad, {"activation": tuple(ACTIVATIONS), "packed": (False, True)}, launch="fuzzytok_kernels.byte_launch"
+    ),
+    "embedding_norm": Subject(
+        _embedding_norm,
+        {},
+        launch="fuzzytok_kernels.streaming.launch",
+        reference="fuzzytok_kernels.streaming.reference",
+    ),
     "causal_conv1d_weight_grad": Subject(
         _weight_grad, {"bias": ("none",), "weight": ("contiguous",), "packed": (False, True)}, "x", _its_channel
     ),
 }
-# Ops of another kind, which the fuzzer does not draw: tests of their own try their values, in test_byte_conv.py and test_streaming.py.
-_STREAMS = "fuzzytok_kernels.streaming.launch"
+# An op of another kind, which the fuzzer does not draw: test_streaming.py tries its values.
 NOT_DRAWN = {
-    "byte_causal_conv1d_grad": Subject(_byte_grad, SUBJECTS["byte_causal_conv1d"].choices, launch="fuzzytok_kernels.byte_launch"),
     "residual_stack_update": Subject(
-        _stack, {"bias": ("contiguous",), "activation": tuple(ACTIVATIONS), "state": (False, True)}, launch=_STREAMS
+        _stack,
+        {"bias": ("contiguous",), "activation": tuple(ACTIVATIONS), "state": (False, True)},
+        launch="fuzzytok_kernels.streaming.launch",
     ),
-    "embedding_norm": Subject(_embedding_norm, {}, launch=_STREAMS),
 }
 ALL = {**SUBJECTS, **NOT_DRAWN}

@@ -9,7 +9,7 @@ from typing import Any
 import guards
 import torch
 import torch.nn.functional as F
-from cases import CONFIGS, SUBJECTS, Case, Tensors
+from cases import CONFIGS, DTYPES, SUBJECTS, Case, Tensors
 from modes import KERNELS_RUN, ON_CUDA
 from oracle import poisoned
 from torch import Tensor
@@ -124,6 +124,8 @@ def _slack(case: Case, wide: tuple, want: tuple[Tensor, ...]) -> list[Tensor]:
     named = dict(zip(_names(case.op), wide, strict=True))
     if "embedding" in named:  # what the look-ups stand for
         named["x"] = named["residual"] = F.embedding(named["ids"].long(), named["embedding"]).mT
+    if case.op == "embedding_norm":
+        return [unit * _norm_terms(named)]
     if "activation" not in named:
         return [unit * value for value in call(_function(SUBJECTS[case.op].reference, case.op), case.op, _mapped(wide, Tensor.abs))]
     base = case.op if "conv_state" in named else "causal_conv1d_fused"  # which without an activation gives what is before it
@@ -131,11 +133,32 @@ def _slack(case: Case, wide: tuple, want: tuple[Tensor, ...]) -> list[Tensor]:
     p, *written = call(_function(SUBJECTS[base].reference, base), base, tuple(plain))
     moved = unit * call(_function(SUBJECTS[base].reference, base), base, _mapped(plain, Tensor.abs))[0]
     halves = 2 if case.activation in GATES else 1
-    slack = unit * want[0].abs()
+    exact = _bent(named, p)
+    slack = unit * exact.abs()
     for signs in itertools.product((1.0, -1.0), repeat=halves):
         sign = torch.tensor(signs, dtype=p.dtype, device=p.device).repeat_interleave(p.shape[1] // halves)[:, None]
-        slack = torch.maximum(slack, unit * want[0].abs() + (_bent(named, p + sign * moved) - want[0]).abs())
+        slack = torch.maximum(slack, unit * exact.abs() + (_bent(named, p + sign * moved) - exact).abs())
+    if case.op == "byte_causal_conv1d_grad":
+        return _slack_of_sums(case, named, exact, slack)
     return [slack, *map(torch.zeros_like, written)]
+
+
+def _slack_of_sums(case: Case, named: dict[str, Any], grad_p: Tensor, slack: Tensor) -> list[Tensor]:
+    """The gradients of the look-ups: sums of grad_p and grad_y over all steps of an id. In 16 bits PyTorch rounds every step's."""
+    unit = torch.finfo(torch.float64 if case.dtype == "fp64" else torch.float32).eps * (8 + case.B * case.T / 8)
+    unit += torch.finfo(DTYPES[case.dtype]).eps / 2 if DTYPES[case.dtype].itemsize == 2 else 0
+    sources = reference._sources(named["ids"], case.K, case.d, named["cu_seqlens"])
+    sizes = named["ids"], named["embedding"].abs(), named["weight"].abs(), sources
+    moved, terms = slack + unit * grad_p.abs(), unit * named["grad_y"].abs()
+    return list(reference.summed_by_id(moved, terms, *sizes))
+
+
+def _norm_terms(named: dict[str, Any]) -> Tensor:
+    """How large what a LayerNorm adds up is: the difference from the mean is that of two rounded numbers, and scaled."""
+    e = named["x"].mT
+    centred = e - e.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + named["eps"]).rsqrt()
+    return 2 * e.abs().amax(-1, keepdim=True) * scale * (1 + scale * centred.abs()) * named["weight"].abs() + named["bias"].abs()
 
 
 def _bent(named: dict[str, Any], p: Tensor) -> Tensor:
