@@ -48,3 +48,15 @@ def written_by(op: Any) -> list[int]:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of `module` runs more than its forward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Within a backward: has `callback` called at its end, on the streams of its caller."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def all_reduce_together(tensors: list[torch.Tensor], op: Any, group: Any) -> Any:
+    """`torch.distributed.all_reduce` of all `tensors` in one call, which takes each where it lies; `dist.all_reduce_coalesced` warns."""
+    options = torch.distributed.AllreduceCoalescedOptions()
+    options.reduceOp = op
+    return group.allreduce_coalesced(tensors, options)

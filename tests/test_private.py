@@ -101,6 +101,19 @@ def test_has_hooks(register):
     assert not private.has_hooks(module)
 
 
+def test_after_backward():
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_post_accumulate_grad_hook(lambda x: private.after_backward(lambda: seen.append(x.grad.tolist())))
+    (3 * x).sum().backward()
+    assert seen == [[3.0, 3.0]], broken("gradients would not have been averaged when a backward returns")
+
+
+def test_all_reduce_together():
+    """What it does on several ranks tests/test_distributed.py::test_averaged_gradients shows."""
+    assert "tensors" in torch.distributed.ProcessGroup.allreduce_coalesced.__doc__, broken("gradients would not be averaged")
+    assert torch.distributed.AllreduceCoalescedOptions().asyncOp, broken("each unit of gradients would wait for the one before")
+
+
 def test_keys_of_the_dispatcher():
     """`Library.impl` is public, its keys' names are not."""
     for key, what in {
