@@ -89,7 +89,7 @@ def without_history(y: Tensor, before: int, dim: int) -> Tensor:
 
 
 class _WithoutHistory(torch.autograd.Function):
-    """As `Tensor.narrow`, whose gradient is all set to zero before it is written: 12 us of 37 for 65,536 x 256 in bf16 on an H100."""
+    """As `Tensor.narrow`, whose gradient is set to zero all over before it is written: a pass more."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, before: int, dim: int) -> Tensor:
