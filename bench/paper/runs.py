@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,8 +59,10 @@ class Outcome:
         if name not in self.figures:
             if time.monotonic() >= self.place.deadline:
                 raise OutOfTimeError(f"{self.run.name}: {name} is left to do")
+            begin = time.monotonic()
             self.figures[name] = make()
             self._write()
+            print(f"{self.run.name}: {name}, {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
         return self.figures[name]
 
     @property
