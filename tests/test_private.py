@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from modes import needs_kernels, run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from fuzzytok_kernels import private
@@ -62,6 +63,24 @@ def test_in_forward_mode():
     with forward_ad.dual_level():
         assert private.in_forward_mode(), broken("forward-mode derivatives would be silent zeros")
     assert not private.in_forward_mode()
+
+
+def test_are_plain():
+    seen = []
+    library = torch.library.Library("fuzzytok_test", "DEF")
+    library.define("keys(Tensor x) -> Tensor")
+    library.impl("keys", torch.clone, "CPU")
+    library.impl("keys", torch.clone, "Meta")
+    library.impl("keys", lambda keys, x: seen.append(private.are_plain(keys)) or torch.clone(x), "Autograd", with_keyset=True)
+    keys, x = torch.ops.fuzzytok_test.keys, torch.ones(2)
+    keys(x)
+    assert seen == [True], broken("every call would take a fifth longer")
+    seen.clear()
+    keys(x.to("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        keys(x)
+    keys(mode.from_tensor(x))
+    assert seen == [False] * 3, broken("what PyTorch puts between autograd and a device, modes and subclasses too, would not see the ops")
 
 
 def test_apply_of():
