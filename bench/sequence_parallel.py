@@ -1,138 +1,255 @@
-"""`torchrun --nproc-per-node N -m bench.sequence_parallel`: a training step of FuzzyTokenizer on a row that N ranks share, measured.
+"""`torchrun --nproc-per-node N -m bench.sequence_parallel`: a training step of ByteLM on rows that 1, 2, 4, ... N ranks share, measured.
 
-Weak scaling: every rank holds as many bytes, and the step of one rank that exchanges nothing is what the others are held against, so that
-its time and theirs are taken in turns in one run. Each form is checked first: z of all ranks is that of one.
+A step is forward, loss, backward and the mean of the gradients over the ranks, without the optimiser: parameters in fp32 under autocast to
+bf16, or FSDP2's mixed precision. Each form is checked first: its gradients are those of one rank that has all bytes. Then the forms are
+timed in turns, a step that exchanges nothing among them; many steps lie between two events, so that what ranks wait for at their beginning
+is none of it. On GPUs a step is a captured graph that is replayed, and, for the host's share, launched kernel by kernel.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
-from fuzzytok_kernels import CausalConv1d, FuzzyTokenizer
-from fuzzytok_kernels.distributed import TimeParallel, history_bytes
+from bench.hidden import Exchanged, of_profile
+from bench.measure import checked
+from fuzzytok_kernels import CausalConv1d
+from fuzzytok_kernels.distributed import TimeParallel, average_gradients, history_bytes
+from fuzzytok_kernels.nn import ByteLM, bits_per_byte
 
-PLANS = {"one a stack": lambda: TimeParallel(), "one a convolution": lambda: {"blocks.*.conv": TimeParallel()}}
-ALONE = "none"
-ROUNDS, WARM_UP = 15, 3
+STACK, CONVOLUTIONS = "one a stack", "one a convolution"
+PLANS = {STACK: lambda: TimeParallel(), CONVOLUTIONS: lambda: {"tokenizer.blocks.*.conv": TimeParallel()}}
+ALONE, WHOLE = "none", 1 << 30
+FORMS: dict[str, tuple[str, str, int]] = {  # where it exchanges, what is done with the gradients, and bytes or modules at a time
+    ALONE: (ALONE, "", 0),
+    STACK: (STACK, "averaged", 4 << 20),
+    f"{STACK}, 1 MiB": (STACK, "averaged", 1 << 20),
+    f"{STACK}, at the end": (STACK, "averaged", WHOLE),
+    CONVOLUTIONS: (CONVOLUTIONS, "averaged", 4 << 20),
+    f"{STACK}, DDP": (STACK, "DDP", 0),
+    f"{STACK}, FSDP2": (STACK, "FSDP2", 1),
+    f"{STACK}, FSDP2, one unit": (STACK, "FSDP2", WHOLE),
+}
+ROUNDS, EAGER_ROUNDS, EAGER_STEPS, WARM_UP, PROFILED = 9, 3, 10, 12, 3  # DDP asks for 11 steps before a capture
+MAIN = 65536  # bytes a rank, at which all forms are timed
+STEPS = {1: (16384, MAIN, 262144), 2: (16384, 32768, MAIN, 131072), 4: (16384, MAIN)}  # weak at 16 and 64 Ki, strong of 64 and 256 Ki
+GRADIENT_BOUND = 5e-2  # of the relative error in the L2 norm of what nine layers in bf16 leave
+
+
+class Row(NamedTuple):
+    """One measurement: microseconds a step on each rank, which all take the same steps at the same time."""
+
+    ranks: int
+    steps: int
+    form: str
+    how: str
+    us: list[float]
+    exchanged: list[Any] | None = None  # of a profile, on each rank
+    failed: str | None = None
 
 
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # which nothing here changes in place
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[2048, 16384, 65536] if on_gpu else [512, 4096], help="bytes a rank")
+    parser.add_argument("--steps", type=int, nargs="+", help="bytes a rank; by default what weak and strong scaling need")
     parser.add_argument("--dim", type=int, default=256 if on_gpu else 64)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--out", type=Path, help="file to add a line of JSON to for each measurement")
     options = parser.parse_args()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    for line in table(options.steps, options.dim, torch.device("cuda" if on_gpu else "cpu")):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    torch.set_num_threads(1)
+    for row in rows(options.steps, options.dim, options.forms, device):
         if dist.get_rank() == 0:
-            print(line, flush=True)
+            print(row, flush=True)
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row._asdict()) + "\n")
     dist.destroy_process_group()
 
 
-def table(steps: Sequence[int], dim: int, device: torch.device) -> Iterator[str]:
-    """Its lines, on every rank."""
-    dtype, ranks = torch.bfloat16 if device.type == "cuda" else torch.float32, dist.get_world_size()
-    forms = {ALONE: _tokenizer(dim, device, dtype, None, False)}
-    for name, plan in PLANS.items():
-        forms |= {f"{name}{', FSDP2' * sharded}": _tokenizer(dim, device, dtype, plan(), sharded) for sharded in (False, True)}
-    yield f"| bytes a rank, {ranks} ranks | exchange | ms a step | bytes/s | efficiency | bytes sent |\n|{'---|' * 6}"
-    for T in steps:
-        _check(forms, T, device)
-        times = _times(forms, T, device)
-        for name, seconds in times.items():
-            cells = f"{seconds * 1e3:.3f}", f"{ranks * T / seconds / 1e6:.2f} M", f"{times[ALONE] / seconds:.1%}"
-            yield f"| {T:,} | {name} | {' | '.join(cells)} | {_bytes_sent(forms[name], name, T, dtype):,} |"
+def rows(steps: Sequence[int] | None, dim: int, forms: Sequence[str], device: torch.device) -> Iterator[Row]:
+    """On every rank, in the same order."""
+    ranks = 1
+    while ranks <= dist.get_world_size():
+        mesh = init_device_mesh(device.type, (dist.get_world_size() // ranks, ranks), mesh_dim_names=("rows", "time"))["time"]
+        for T in steps or STEPS.get(ranks, STEPS[4]):
+            compared = forms if steps or T == MAIN else [name for name in (ALONE, STACK) if name in forms]
+            names = compared if ranks > 1 else [ALONE]
+            with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext():
+                made = {name: Step(name, mesh, T, dim, device) for name in names}
+                yield from _measured(made, ranks, T, device)
+        ranks *= 2
 
 
-def _tokenizer(dim: int, device: torch.device, dtype: torch.dtype, plan: object, sharded: bool) -> FuzzyTokenizer:
-    torch.manual_seed(0)
-    tokenizer = FuzzyTokenizer(dim)
-    tokenizer.load_state_dict({name: value.contiguous() for name, value in tokenizer.state_dict().items()}, assign=True)
-    tokenizer = tokenizer.to(device, dtype)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    if plan is not None:
-        parallelize_module(tokenizer, mesh, plan)  # type: ignore[arg-type]
-    if sharded:
-        _, *others = tokenizer.blocks  # the first, the embedding and its norm may run as one op, and are sharded with the rest
-        for module in (*others, tokenizer):
-            fully_shard(module, mesh=mesh)
-    return tokenizer
+class Step:
+    """A training step of a form on this rank's bytes, which leaves its gradients in `.grad`."""
+
+    def __init__(self, name: str, mesh: DeviceMesh, T: int, dim: int, device: torch.device) -> None:
+        self.group, self.device = mesh.get_group(), device
+        where, self.gradients, unit = FORMS[name]
+        torch.manual_seed(0)
+        self.model = ByteLM(dim)
+        if self.gradients == "FSDP2":  # it takes no weights that are not contiguous
+            self.model.load_state_dict({key: value.contiguous() for key, value in self.model.state_dict().items()}, assign=True)
+        self.forward: Callable[[Tensor], Tensor] = self.model.to(device)
+        if where != ALONE:
+            parallelize_module(self.model, mesh, PLANS[where]())  # type: ignore[arg-type]
+        if self.gradients == "averaged":
+            average_gradients(self.model, self.group, unit)
+        elif self.gradients == "DDP":
+            self.forward = DistributedDataParallel(self.model, process_group=self.group, gradient_as_bucket_view=True, bucket_cap_mb=4)
+        elif self.gradients == "FSDP2":
+            _shard(self.model, mesh, unit, device)
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        whole = torch.randint(256, (1, T * ranks + 1), generator=torch.Generator().manual_seed(T), dtype=torch.uint8).to(device)
+        begin, end = T * rank, T * (rank + 1)
+        self.ids, self.targets = whole[:, begin:end].contiguous(), whole[:, begin + 1 : end + 1].contiguous()
+        self.seen = whole[:, max(0, begin - self.model.tokenizer.receptive_field + 1) : end]
+
+    def __call__(self) -> None:
+        self.model.zero_grad()
+        with self._autocast():
+            loss = bits_per_byte(self.forward(self.ids), self.targets)
+        loss.backward()
+
+    def of_one_rank(self) -> None:
+        """A step on the same bytes and all of the history before them: what all forms have to make of it, but for the mean over ranks."""
+        self.model.zero_grad()
+        with self._autocast():
+            loss = bits_per_byte(self.forward(self.seen)[:, -self.ids.shape[1] :], self.targets)
+        loss.backward()
+
+    def results(self) -> dict[str, Tensor]:
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        return {name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone() for name, value in gradients.items()}  # type: ignore[union-attr]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and self.gradients != "FSDP2")
 
 
-def _ids(T: int, device: torch.device) -> Tensor:
-    """This rank's bytes of the row."""
-    generator = torch.Generator().manual_seed(T)
-    whole = torch.randint(256, (1, T * dist.get_world_size()), generator=generator, dtype=torch.uint8)
-    return whole[:, T * dist.get_rank() : T * (dist.get_rank() + 1)].to(device)
+def _shard(model: ByteLM, mesh: DeviceMesh, unit: int, device: torch.device) -> None:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    _, *others = model.tokenizer.blocks  # the first, the embedding and its norm may run as one op, and are sharded with the rest
+    for module in (*(others if unit == 1 else ()), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-@torch.no_grad()
-def _check(forms: dict[str, FuzzyTokenizer], T: int, device: torch.device) -> None:
-    """On the last rank's bytes and all of the history before them, against the form that has them all. Raises where they differ."""
-    mine = _ids(T, device)
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
-    field = forms[ALONE].receptive_field
-    seen = torch.cat(parts[: dist.get_rank() + 1], 1)[:, -(T + field - 1) :]
-    wanted = forms[ALONE](seen)[:, -T:]
-    for name, form in forms.items():
-        if name != ALONE:
-            torch.testing.assert_close(form(mine), wanted, rtol=2e-2, atol=2e-2, msg=f"{name}: z is not that of one rank")
+def _check(steps: dict[str, Step]) -> None:
+    """Raises where the gradients of a form are not those of one rank that has all bytes."""
+    alone = steps[ALONE]
+    alone.of_one_rank()
+    wanted = alone.results()
+    for value in wanted.values():
+        summed = value.contiguous()
+        dist.all_reduce(summed, group=alone.group)
+        value.copy_(summed / dist.get_world_size(alone.group))
+    for step in steps.values():
+        if step is not alone:
+            step()
+            checked(step.results(), wanted, dict.fromkeys(wanted, GRADIENT_BOUND))
 
 
-def _times(forms: dict[str, FuzzyTokenizer], T: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of a step of each, in turns; a step begins on all ranks at once and ends with the last."""
-    ids = _ids(T, device)
-    rounds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(WARM_UP + ROUNDS):
-        for name, form in forms.items():
-            rounds[name].append(_seconds(partial(_step, form, ids), device))
-    return {name: statistics.median(values[WARM_UP:]) for name, values in rounds.items()}
+def _measured(steps: dict[str, Step], ranks: int, T: int, device: torch.device) -> Iterator[Row]:
+    _check(steps)
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    for name, us in _in_turns(dict(steps), EAGER_ROUNDS, EAGER_STEPS, device).items():
+        yield Row(ranks, T, name, "launched", us)
+    if device.type != "cuda":
+        return
+    replays: dict[str, Callable[[], object]] = {}
+    for name, step in steps.items():
+        try:
+            replays[name] = _captured(step).replay
+        except RuntimeError as error:
+            yield Row(ranks, T, name, "replayed", [], failed=str(error).partition("\n")[0])
+    times = _in_turns(replays, ROUNDS, max(6, 3 * (1 << 19) // T), device)
+    for name, us in times.items():
+        yield Row(ranks, T, name, "replayed", us, _profile(replays[name]))
 
 
-def _step(form: nn.Module, ids: Tensor) -> None:
-    z = form(ids)
-    z.backward(torch.ones_like(z))
-    form.zero_grad()
+def _captured(step: Step) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Of this thread alone: NCCL's watchdog asks for its events meanwhile.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        step()
+    return graph
 
 
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    def finish() -> None:
-        dist.barrier()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    finish()
-    begin = time.perf_counter()
-    call()
-    finish()
-    return time.perf_counter() - begin
+def _in_turns(calls: dict[str, Callable[[], object]], rounds: int, count: int, device: torch.device) -> dict[str, list[float]]:
+    """The median microseconds of a call of each, on every rank; a round is `count` of them, which begin on all ranks at once."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + rounds):
+        for name, call in calls.items():
+            found[name].append(microseconds(call, count, device))
+    return {name: _gathered(statistics.median(values[1:])) for name, values in found.items()}
 
 
-def _bytes_sent(form: FuzzyTokenizer, name: str, T: int, dtype: torch.dtype) -> int:
-    """By all ranks in a step."""
-    lengths = (T,) * dist.get_world_size()
-    if name == ALONE:
-        return 0
-    if name.startswith("one a stack"):
-        return history_bytes(lengths, form.receptive_field - 1, 1)
-    histories = [(conv.kernel_size - 1) * conv.dilation for conv in form.modules() if isinstance(conv, CausalConv1d)]
-    a_step = form.embedding.embedding_dim * dtype.itemsize
-    return 2 * sum(history_bytes(lengths, history, a_step) for history in histories)
+def microseconds(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Of a call, of `count` one after another, which begin on all ranks at once."""
+    dist.barrier()
+    if device.type == "cpu":
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) * 1e6 / count
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e3 / count
+
+
+def _profile(call: Callable[[], object]) -> list[Any]:
+    """Of a step, on every rank."""
+    dist.barrier()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED):
+            call()
+        torch.cuda.synchronize()
+    return _gathered(Exchanged(*(value / PROFILED for value in of_profile(profiler))))
+
+
+def _gathered(value: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def bytes_sent(form: str, ranks: int, T: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """By all ranks in a step of one row: for the history, and for parameters and their gradients (in rings, as NCCL's are)."""
+    where, gradients, _ = FORMS[form]
+    model, lengths = ByteLM(dim), (T,) * ranks
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    of_gradients = {"": 0, "averaged": 8, "DDP": 8, "FSDP2": 2 * itemsize + 4}[gradients] * parameters * (ranks - 1)
+    if where == STACK:
+        return history_bytes(lengths, model.tokenizer.receptive_field - 1, 1), of_gradients
+    histories = [(conv.kernel_size - 1) * conv.dilation for conv in model.modules() if isinstance(conv, CausalConv1d) and where != ALONE]
+    return 2 * sum(history_bytes(lengths, history, dim * itemsize) for history in histories), of_gradients
 
 
 if __name__ == "__main__":

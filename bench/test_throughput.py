@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from bench.grid import Case, cases
-from bench.measure import BUDGET_MS, DEVICE, Calls, Data, Round, extra_info, switches
+from bench.measure import BUDGET_MS, DEVICE, Calls, Data, Round, extra_info, host_medians, switches
 from bench.roofline import ceilings
 from fuzzytok_kernels.tuning import timer
 from fuzzytok_kernels.tuning.gpu import versions
 
 _CASES = cases(on_gpu=DEVICE == "cuda")
+_HOST = [case for case in _CASES if case.section == "host"]
 _MACHINE: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None, "versions": versions()}
 
 
@@ -35,18 +36,13 @@ def test_throughput(case: Case, benchmark: Any, drawn: Callable[[Case], Data]) -
     )
 
 
-@pytest.mark.parametrize("case", [case for case in _CASES if case.section == "host"], ids=str)
+@pytest.mark.parametrize("case", _HOST, ids=str)
 def test_host(case: Case, benchmark: Any) -> None:
-    """On the host: the median time in which an eager call returns, the device idle at its start and never waited for."""
+    """On the host: the median time in which an eager call returns. What pytest-benchmark prints is that of one call of it alone."""
     with switches(case), torch.set_grad_enabled(case.op == "forward_backward"):
         calls = Calls(case, Data(case, 1))
         configs = calls.configs()
         error = calls.error()
-        benchmark.pedantic(calls.copies[0], setup=_synchronize, rounds=1000 if DEVICE == "cuda" else 20, warmup_rounds=10)
-    microseconds = benchmark.stats.stats.median * 1e6
-    benchmark.extra_info.update(extra_info(case, microseconds, None), error=error, configs=configs, **_MACHINE)
-
-
-def _synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+        benchmark.pedantic(calls.copies[0])
+        medians = host_medians(tuple(other for other in _HOST if other == case._replace(rival=other.rival)))
+    benchmark.extra_info.update(extra_info(case, medians[case.rival], None), error=error, configs=configs, **_MACHINE)

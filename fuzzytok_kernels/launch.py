@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fuzzytok_kernels import tuning
 from fuzzytok_kernels.checks import CHECKS
-from fuzzytok_kernels.descriptors import Rows, Traits, as_it_is, rows, rows_or_columns, taps, traits
+from fuzzytok_kernels.descriptors import Rows, Traits, as_it_is, descriptor, rows, rows_or_columns, taps, traits
 from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
@@ -291,12 +290,12 @@ def _conv(
     tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **options)
     width = channels // parts_of_y
     steps = Rows.of(B, T, strides[0], strides[2], config.BLOCK_T, sequences.packed)
-    y_layout = [*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half]
+    write_y = descriptor([*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half])
     numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *y_strides, *sequences.numbers)
 
     def launch_descriptors(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
         y = allocate()
-        out, memory = (TensorDescriptor(y, *y_layout), y if sequences.packed else None) if described else (y, None)
+        out, memory = (write_y(y), y if sequences.packed else None) if described else (y, None)
         tma_kernel(read_x(x), read_weight(weight), bias, read_extra(extra), out, memory, state, cu_seqlens, *numbers)
         return y
 

@@ -28,8 +28,8 @@ def empty_of_bytes(embedding: Tensor, ids: Tensor) -> Tensor:
 
 
 def empty_weight(x: Tensor, c_out: int, c_in: int, kernel_size: int) -> Tensor:
-    """An unwritten (C_out, C_in, K) tensor, tap-major: a view of (K, C_out, C_in) storage, which the kernels read and write as it is."""
-    return x.new_empty((kernel_size, c_out, c_in)).permute(1, 2, 0)
+    """An unwritten (C_out, C_in, K) tensor, tap-major: (K, C_out, C_in) in memory, which the kernels read and write as it is."""
+    return x.new_empty_strided((c_out, c_in, kernel_size), (c_in, 1, c_out * c_in))
 
 
 def laid_out_as(x: Tensor, value: Tensor) -> Tensor:

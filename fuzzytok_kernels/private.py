@@ -12,6 +12,14 @@ from torch.autograd import forward_ad
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
+_PLAIN = {
+    (torch._C.DispatchKeySet(of_device) | torch._C.DispatchKeySet(of_autograd)).raw_repr()
+    for of_device, of_autograd in (
+        (torch._C.DispatchKey.CPU, torch._C.DispatchKey.AutogradCPU),
+        (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.AutogradCUDA),
+    )
+}
+
 # Inside, ops skip autograd and its marks of views and of changes in place.
 below_autograd: Callable[[], AbstractContextManager] = torch._C._AutoDispatchBelowADInplaceOrView
 
@@ -22,6 +30,11 @@ below_derivatives: Callable[[], AbstractContextManager] = torch._C._AutoDispatch
 def without_autocast() -> AbstractContextManager:
     """Inside, ops keep the dtypes that they are given."""
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+def are_plain(keys: Any) -> bool:
+    """Whether the keys that the dispatcher hands a kernel of autograd are that and a device's alone: no mode, subclass or transform."""
+    return keys.raw_repr() in _PLAIN
 
 
 def in_forward_mode() -> bool:
@@ -48,3 +61,15 @@ def written_by(op: Any) -> list[int]:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of `module` runs more than its forward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Within a backward: has `callback` called at its end, on the streams of its caller."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def all_reduce_together(tensors: list[torch.Tensor], op: Any, group: Any) -> Any:
+    """`torch.distributed.all_reduce` of all `tensors` in one call, which takes each where it lies; `dist.all_reduce_coalesced` warns."""
+    options = torch.distributed.AllreduceCoalescedOptions()
+    options.reduceOp = op
+    return group.allreduce_coalesced(tensors, options)

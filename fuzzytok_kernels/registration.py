@@ -68,15 +68,18 @@ def vmap_folding_first(op: Callable, size: int, in_dims: tuple, args: tuple) -> 
     return torch.stack([op(*select(args, in_dims, i)) for i in range(size)]), 0
 
 
-def _below_autograd(op: Callable, derive: Callable, defaults: tuple) -> Callable:
-    """The Autograd kernel of an op: `derive`, or the op itself where nothing could want a derivative (saves some 8 us a call)."""
+def _below_autograd(op: Callable, compute: Callable, derive: Callable, defaults: tuple) -> Callable:
+    """The Autograd kernel of an op: `derive`, or the op itself where nothing could want a derivative (saves some 8 us a call).
 
-    def autograd(*args: Any) -> Any:
+    Where the dispatcher would find `compute` next it is called as it is: a second dispatch takes as long as a third of a launch.
+    """
+
+    def autograd(keys: Any, *args: Any) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         if wanted or private.in_forward_mode():
             return derive(*args, *defaults[len(args) :])
         with private.below_autograd():
-            return op(*args)
+            return (compute if private.are_plain(keys) else op)(*args)
 
     return autograd
 
@@ -127,11 +130,15 @@ def register(schema: str, fake: Callable, derived: Callable, transformed: Callab
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     op = getattr(torch.ops.fuzzytok, name).default
+
+    def compute(first: Tensor, *args: Any) -> Any:
+        return implementation(name, first.device)(first, *args)
+
     for key in ("CPU", "CUDA"):
-        _library.impl(name, lambda first, *args: implementation(name, first.device)(first, *args), key)
+        _library.impl(name, compute, key)
     torch.library.register_fake(f"fuzzytok::{name}", fake, lib=_library)
     defaults = private.defaults_of(op)  # the dispatcher strips arguments that equal theirs
-    _library.impl(name, _below_autograd(op, derived, defaults), "Autograd")
+    _library.impl(name, _below_autograd(op, compute, derived, defaults), "Autograd", with_keyset=True)
     _library.impl(name, _functorch(transformed, defaults, autocast), "FuncTorchDynamicLayerFrontMode")
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, _autocast(op, autocast), key)

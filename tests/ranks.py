@@ -13,8 +13,9 @@ import torch.multiprocessing as mp
 from modes import DEVICE, ON_CUDA
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-RANKS = min(4, torch.cuda.device_count()) if ON_CUDA else 4
-SECONDS = 300 if ON_CUDA else 60  # for a check, whose kernels are compiled; a rank that waits for one which failed gives up at half
+GPUS = torch.cuda.device_count() if ON_CUDA else 0
+RANKS = 4 if GPUS >= 4 or not ON_CUDA else min(2, GPUS)
+SECONDS = 120 if ON_CUDA else 60  # for a check, whose kernels are compiled; a rank that waits for one which failed gives up at half
 
 
 def mesh_of(size: int) -> DeviceMesh:
@@ -81,7 +82,11 @@ def _serve(rank: int, store: str, questions: Any, answers: Any) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if ON_CUDA:
         torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if ON_CUDA else "gloo", f"file://{store}", timedelta(seconds=SECONDS // 2), world_size=RANKS, rank=rank)
+    how = dict(init_method=f"file://{store}", timeout=timedelta(seconds=SECONDS // 2), world_size=RANKS, rank=rank)
+    if ON_CUDA:
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **how)
+    else:
+        dist.init_process_group("gloo", **how)
     _meshes[RANKS] = init_device_mesh(DEVICE.type, (RANKS,))
     if RANKS == 4:
         _meshes[4, 2] = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("data", "model"))

@@ -189,6 +189,24 @@ def stack(lengths: tuple[int, ...], where: str, fsdp: bool) -> None:
             assert summed(torch.tensor(float(sent.bytes), device=DEVICE), size).item() == expected
 
 
+def averaged_gradients(size: int, unit_bytes: int) -> None:
+    """Twice the same, without `zero_grad` between: what is accumulated is averaged once each; a parameter of no use stays without."""
+    alone, split, lengths = new_tokenizer(), new_tokenizer(), (20,) * size
+    other = torch.float32 if STRICT.itemsize == 8 else torch.float64  # a unit is of one dtype
+    split.unused, split.offset = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, dtype=other, device=DEVICE))
+    parallelize_module(split, mesh_of(size), TimeParallel())
+    distributed.average_gradients(split, mesh_of(size).get_group(), unit_bytes)
+    ids, grad_z = torch.randint(256, (2, sum(lengths))).to(DEVICE), randn(2, sum(lengths), 6)
+    wanted = backward(alone, alone(ids), grad_z)
+    for times in (1, 2):
+        z = split(shards_of(ids, lengths)) + split.offset.sum()
+        got = backward(split, z, shards_of(grad_z, lengths, 1))
+        assert got.pop("unused") is None
+        close(got.pop("offset"), torch.full_like(split.offset, times * grad_z.sum().item() / size), "offset")
+        for name, value in got.items():
+            close(value, times * wanted[name] / size, f"{name}, {times}")
+
+
 def stack_of_blocks(size: int) -> None:
     """Blocks on a tensor that has a gradient, one exchange for both; the last of them split by hand."""
     torch.manual_seed(3)
@@ -238,11 +256,13 @@ def compiled(where: str) -> None:
         close(summed(value, 2), wanted[name], name)
 
 
-def bench_runs() -> list[str]:
-    bench.sequence_parallel.ROUNDS = bench.sequence_parallel.WARM_UP = 1
+def bench_runs() -> list[bench.sequence_parallel.Row]:
+    scaling = bench.sequence_parallel
+    scaling.ROUNDS = scaling.EAGER_ROUNDS = scaling.EAGER_STEPS = scaling.WARM_UP = 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(bench.sequence_parallel.table([64, 20], 16, torch.device(DEVICE.type)))
+        forms = [name for name in scaling.FORMS if "," not in name or name.endswith(("DDP", "FSDP2"))]
+        return list(scaling.rows([64, 20], 16, forms, torch.device(DEVICE.type)))
 
 
 # ---- packed sequences

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from modes import not_interpreted
 
-from bench import scaling
+from bench import hidden, scaling
 
 pytestmark = not_interpreted
 NVLINK, INFINIBAND = scaling.LINKS
@@ -62,3 +62,18 @@ def test_the_table(capsys):
     assert table in readme, "the README's table is of other kernel times: python3 -m bench.scaling prints the new one"
     alone = int(printed.partition(" us of kernels")[0].rpartition(" ")[2].replace(",", ""))
     assert f"bytes a rank: {alone / 1e3:.2f} ms of kernels" in readme
+
+
+@pytest.mark.parametrize(
+    ("messages", "kernels", "wanted"),
+    [
+        ([], [], (0, 0, 0)),
+        ([(0, 10)], [], (10, 0, 10)),
+        ([(0, 10)], [(2, 4), (3, 5), (9, 12)], (10, 4, 12)),
+        ([(0, 10), (5, 15), (20, 21)], [(0, 30)], (16, 16, 30)),
+        ([(10, 20)], [(0, 10), (20, 25)], (10, 0, 25)),
+    ],
+)
+def test_what_of_the_exchange_is_hidden(messages, kernels, wanted):
+    assert hidden.exchanged(messages, kernels) == wanted
+    assert hidden.exchanged(reversed(messages), reversed(kernels)) == wanted

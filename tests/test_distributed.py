@@ -4,18 +4,19 @@ import dtensor_checks
 import pytest
 import sequence_checks
 import torch
-from modes import ON_CUDA, not_interpreted
-from ranks import RANKS, Ranks
+from modes import not_interpreted
+from ranks import GPUS, RANKS, Ranks
 
-from fuzzytok_kernels.distributed import history_bytes, sharding
+from bench import sequence_parallel
+from fuzzytok_kernels.distributed import average_gradients, history_bytes, sharding
 from fuzzytok_kernels.distributed.exchange import TimeShards
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),  # `--dist loadgroup`: one process spawns them
-    pytest.mark.skipif(RANKS < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(RANKS < 2, reason=f"needs two GPUs; there is {GPUS}"),
     not_interpreted,
 ]
-needs_four = pytest.mark.skipif(RANKS < 4, reason="needs four GPUs")
+needs_four = pytest.mark.skipif(RANKS < 4, reason=f"needs four GPUs; there are {GPUS}")
 each_size = pytest.mark.parametrize("size", [2, pytest.param(4, marks=needs_four)])
 each_activation = pytest.mark.parametrize("activation", [None, "gelu", "glu"])
 
@@ -143,6 +144,17 @@ def test_stack(lengths, where, fsdp, ranks):
 
 
 @each_size
+@pytest.mark.parametrize("unit_bytes", [1, 1000, 1 << 20])
+def test_averaged_gradients(unit_bytes, size, ranks):
+    ranks.run(sequence_checks.averaged_gradients, size, unit_bytes)
+
+
+def test_a_unit_without_bytes_is_refused():
+    with pytest.raises(ValueError, match=r"^unit_bytes is 0; expected at least 1$"):
+        average_gradients(torch.nn.Linear(2, 2), unit_bytes=0)
+
+
+@each_size
 def test_stack_of_blocks(size, ranks):
     ranks.run(sequence_checks.stack_of_blocks, size)
 
@@ -158,16 +170,24 @@ def test_compiled(where, ranks):
 
 
 def test_bench_runs(ranks):
-    """bench.sequence_parallel, which checks before it times."""
-    _, *rows = ranks.run(sequence_checks.bench_runs)[0]
-    cells = [row.split(" | ") for row in rows]
-    assert len(rows) == 10
-    assert [row[2:] for row in cells if row[1] == "none"] == [[row[2], row[3], "100.0%", "0 |"] for row in cells if row[1] == "none"]
-    sent = {(row[0].removeprefix("| "), row[1]): int(row[-1].removesuffix(" |").replace(",", "")) for row in cells}
-    itemsize = 2 if ON_CUDA else 4
-    assert sent["64", "one a stack"] == sent["64", "one a stack, FSDP2"] == history_bytes((64,) * RANKS, 42, 1)
-    assert sent["20", "one a stack"] == history_bytes((20,) * RANKS, 42, 1)
-    assert sent["20", "one a convolution"] == 2 * 16 * itemsize * 42 * (RANKS - 1)
+    """bench.sequence_parallel, which checks every form's gradients before it times."""
+    rows = ranks.run(sequence_checks.bench_runs)[0]
+    forms = ["none", "one a stack", "one a convolution", "one a stack, DDP", "one a stack, FSDP2"]
+    wanted = [(1, steps, "none") for steps in (64, 20)]
+    wanted += [(size, steps, form) for size in (2, 4) if size <= RANKS for steps in (64, 20) for form in forms]
+    assert [row[:3] for row in rows if row.how == "launched"] == wanted
+    assert all(len(row.us) == RANKS and min(row.us) > 0 for row in rows if not row.failed)
+
+
+def test_bytes_of_a_step():
+    def sent(form: str) -> tuple[int, int]:
+        return sequence_parallel.bytes_sent(form, 4, 20, 16, 2)
+
+    parameters = 257 * 16 + 256 * 16 + 256 + 16 + 9 * (3 * 16 * 16 + 16)  # embedding and norm, head, blocks
+    assert sent("none") == (0, 0)
+    assert sent("one a stack") == sent("one a stack, DDP") == (20 + 40 + 42, 3 * 8 * parameters)
+    assert sent("one a convolution") == (2 * 16 * 2 * 42 * 3, 3 * 8 * parameters)
+    assert sent("one a stack, FSDP2") == (20 + 40 + 42, 3 * 8 * parameters)
 
 
 # ---- packed sequences

@@ -1,5 +1,8 @@
 """The launchers: paths, configs, precision switches, streams, graphs, devices, and sizes that only a GPU holds."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from filelock import FileLock
@@ -77,6 +80,15 @@ def test_calls_that_look_alike(device, path, strict):
     for _ in range(2):
         for changes in ({}, off, {"grad_y": off["grad_y"]}, {"bias": None}, {"bias": gaps}, {"dilation": 1}):
             assert_accurate(aligned._replace(**changes))
+
+
+@needs_kernels
+def test_a_plan_keeps_no_tensor_alive(device, path):
+    inputs = make_inputs(ALIGNED, torch.float16, device, "channels-last", "channels-last", "tap-major")
+    gone = [weakref.ref(tensor) for tensor in (*inputs[:4], *ours(inputs).values())]
+    del inputs
+    gc.collect()
+    assert [tensor() for tensor in gone] == [None] * 8
 
 
 # ---- only on a GPU

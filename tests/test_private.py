@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from modes import needs_kernels, run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from fuzzytok_kernels import private
@@ -64,6 +65,24 @@ def test_in_forward_mode():
     assert not private.in_forward_mode()
 
 
+def test_are_plain():
+    seen = []
+    library = torch.library.Library("fuzzytok_test", "DEF")
+    library.define("keys(Tensor x) -> Tensor")
+    library.impl("keys", torch.clone, "CPU")
+    library.impl("keys", torch.clone, "Meta")
+    library.impl("keys", lambda keys, x: seen.append(private.are_plain(keys)) or torch.clone(x), "Autograd", with_keyset=True)
+    keys, x = torch.ops.fuzzytok_test.keys, torch.ones(2)
+    keys(x)
+    assert seen == [True], broken("every call would take a fifth longer")
+    seen.clear()
+    keys(x.to("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        keys(x)
+    keys(mode.from_tensor(x))
+    assert seen == [False] * 3, broken("what PyTorch puts between autograd and a device, modes and subclasses too, would not see the ops")
+
+
 def test_apply_of():
     class Double(torch.autograd.Function):
         @staticmethod
@@ -99,6 +118,19 @@ def test_has_hooks(register):
     assert private.has_hooks(module), broken("a fold would pass hooks by")
     hook.remove()
     assert not private.has_hooks(module)
+
+
+def test_after_backward():
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_post_accumulate_grad_hook(lambda x: private.after_backward(lambda: seen.append(x.grad.tolist())))
+    (3 * x).sum().backward()
+    assert seen == [[3.0, 3.0]], broken("gradients would not have been averaged when a backward returns")
+
+
+def test_all_reduce_together():
+    """What it does on several ranks tests/test_distributed.py::test_averaged_gradients shows."""
+    assert "tensors" in torch.distributed.ProcessGroup.allreduce_coalesced.__doc__, broken("gradients would not be averaged")
+    assert torch.distributed.AllreduceCoalescedOptions().asyncOp, broken("each unit of gradients would wait for the one before")
 
 
 def test_keys_of_the_dispatcher():

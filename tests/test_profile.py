@@ -70,16 +70,24 @@ def test_names_flops_and_bytes():
 
 
 def test_no_figures_without_a_profiler():
-    """Then a launch makes no dictionary at all."""
+    """Then a warm launch makes no dictionary at all; with one that comes later it does."""
     run_python(
-        LAUNCHED.partition("B, c_in")[0].replace("launch_enter_hook = lambda metadata: None", "launch_enter_hook = None")
+        LAUNCHED.partition("triton.knobs")[0]
         + """
-from fuzzytok_kernels.private_triton import driver
 class Launches(_Pretended):
     def launcher_cls(self, source, metadata):
         return lambda *args: launches.append(any(hasattr(arg, "data") and hasattr(arg, "get") for arg in args))
 driver.set_active(Launches(GPUTarget("cuda", 90, 32)))
-launch.causal_conv1d(torch.empty(1, 48, 32).mT, torch.empty(32, 32, 1))
-assert launches and not any(launches)
+call = lambda: launch.causal_conv1d(torch.empty(1, 48, 32).mT, torch.empty(32, 32, 1))
+call()  # through Triton's binder
+launches.clear()
+call()
+assert launches == [False]
+hook = lambda metadata: None
+triton.knobs.runtime.launch_enter_hook.add(hook)  # as proton does, at any time
+call()
+triton.knobs.runtime.launch_enter_hook.remove(hook)
+call()
+assert launches == [False, True, False]
 """
     )

@@ -1,7 +1,7 @@
 """`python3 -m bench.paper prepare|table1|table2|radical|sweep|report [--smoke]`: the paper's evaluation, one command a table.
 
 Runs lie in bench/paper/work, tables and the report in bench/paper/results; a command that is stopped, or whose time is up, goes on
-where it was when it is given again.
+where it was when it is given again. table2 and sweep may run several times at once, one process a GPU: they share the runs out.
 """
 
 import argparse
@@ -10,12 +10,13 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from bench.paper import radical_table, report, sweep, table1, table2
 from bench.paper.config import ConfigurationError, Settings, load_settings
@@ -28,6 +29,9 @@ from fuzzytok_kernels.tuning.gpu import versions
 
 FOLDER = Path(__file__).parent
 COMMANDS = ("prepare", "table1", "table2", "radical", "sweep", "report")
+_SHARED = ("table2", "sweep")  # several processes may work on them at once
+Stored = dict[str, Any]  # the tables by name
+Collected = tuple[dict[str, Any], str | None]  # figures, and what is left to do
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,30 +69,38 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.smoke and options.command != "table1":
         prepare_smoke(options.work)
-    begin, stored = time.monotonic(), report.read(folder)
-    figures, left = _measured(options, corpora, begin, stored)
-    _store(folder, options.command, figures, left, time.monotonic() - begin, stored)
-    print(report.write(folder))
+    begin = time.monotonic()
+    collect = _worked(options, corpora, begin, report.read(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        left = _store(folder, options.command, collect, begin)
+        print(report.write(folder))
     if left:
         print(f"bench.paper: {left}; the same command goes on from there", file=sys.stderr)
 
 
-def _measured(options: argparse.Namespace, corpora: list[str], begin: float, stored: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The figures of a table, and what is left to do."""
+def _worked(options: argparse.Namespace, corpora: list[str], begin: float, stored: Stored) -> Callable[[Stored], Collected]:
+    """Do the work of a command. What it returns makes the command's figures of the tables as they are stored when they are written."""
     if options.command == "table1":
-        return table1.measure(), None
+        measured = table1.measure()
+        return lambda stored: (measured, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = Place(options.work / "runs" / slug(), device, begin + options.budget_seconds)
-    earlier = stored.get("table2", {}).get("figures", {})
     if options.command == "table2":
-        return table2.measure(options.work, corpora, _settings(options), place, earlier)
+        found = table2.work(options.work, corpora, _settings(options), place, _figures(stored, "table2"))
+        return lambda stored: table2.collected(found, _figures(stored, "table2"))
+    if options.command == "sweep":
+        swept = sweep.work(options.work, corpora[0], _settings(options), place)
+        return lambda stored: sweep.collected(swept)
     try:
-        if options.command == "sweep":
-            return sweep.measure(options.work, corpora[0], _settings(options), place), None
-        found = radical_table.measure(options.work, corpora, _settings(options), place, earlier)
+        rows = radical_table.measure(options.work, corpora, _settings(options), place, _figures(stored, "table2"))
     except OutOfTimeError as error:
         raise SystemExit(f"bench.paper: {error}; the same command goes on from there") from error
-    return stored.get("radical", {}).get("figures", {}) | found, None
+    return lambda stored: (_figures(stored, "radical") | rows, None)
+
+
+def _figures(stored: Stored, name: str) -> dict[str, Any]:
+    return stored.get(name, {}).get("figures", {})
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -100,20 +112,23 @@ def _settings(options: argparse.Namespace) -> Settings:
     return settings
 
 
-def _store(folder: Path, name: str, figures: dict[str, Any], left: str | None, seconds: float, stored: dict[str, Any]) -> None:
-    before = stored.get(name, {}).get("facts", {}).get("seconds", 0.0) if name == "table2" else 0.0  # of the calls before
+def _store(folder: Path, name: str, collect: Callable[[Stored], Collected], begin: float) -> str | None:
+    """Write the table, and return what is left to do."""
+    stored = report.read(folder)
+    figures, left = collect(stored)
+    before = stored.get(name, {}).get("facts", {}).get("seconds", 0.0) if name in _SHARED else 0.0  # of other calls and processes
     facts = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions(),
         "commit": _commit(),
-        "seconds": before + seconds,
+        "seconds": before + time.monotonic() - begin,
         "left": left,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{name}.unfinished"
     unfinished.write_text(json.dumps({"facts": facts, "figures": figures}, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(folder / f"{name}.json")
+    return left
 
 
 def _commit() -> str | None:

@@ -57,7 +57,8 @@ def reached(model: nn.Module, embedding: nn.Parameter, vocabulary: int, checked:
     ids = torch.randperm(vocabulary, generator=random)[:_LENGTH]
     found = {"later": 0, "reach": 0, "gaps": 0}
     for t in [_LENGTH - 1, *_positions(checked - 1, random)]:
-        outputs = model(ids[None].to(device))[0, t]
+        with autocast(device):
+            outputs = model(ids[None].to(device))[0, t]
         weights = torch.randn(outputs.shape, generator=random).to(outputs)
         (gradient,) = torch.autograd.grad((outputs * weights).sum(), embedding)
         moved = (gradient[ids.to(device)] != 0).any(1).cpu()  # (T,)

@@ -35,13 +35,15 @@ def total_bits(model: LanguageModel, ids: Tensor, end: int, window: int) -> floa
     stride = window // 2
     context = window - stride
     count = 1 + max(0, -(-(len(ids) - window) // stride))
+    batch = min(count, max(1, _BATCH_IDS // window))
+    count = batch * -(-count // batch)  # whole batches: another shape would be another kernel to choose and to compile
     padding = ids.new_full((context + count * stride - len(ids),), end)  # behind the last id: what is there is not scored
     stream = torch.cat([ids.new_full((1,), end), ids, padding])
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=ids.device)
     starts = stride * torch.arange(count, device=ids.device)
     places = torch.arange(window, device=ids.device)
-    for some in starts.split(max(1, _BATCH_IDS // window)):
+    for some in starts.split(batch):
         at = some[:, None] + places  # (b, window)
         scored = ((places >= context) | (some[:, None] == 0)) & (at < len(ids))
         total += (_bits(model, stream[at], stream[at + 1]) * scored).sum(dtype=torch.float64)

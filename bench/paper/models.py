@@ -104,7 +104,15 @@ class Lstm(nn.Module):
                     bias[size.width : 2 * size.width] = 1.0  # the gates lie in the order input, forget, cell, output
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.layers(self.embedding(ids.long()))[0]
+        x = self.embedding(ids.long())
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.layers(x)[0]
+        # Autocast runs LSTMs in fp16, whatever its dtype is: too narrow for the gradients of a mean over 65,536 ids.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = [weight.to(dtype) for weight in self.layers.parameters()]
+            state = x.new_zeros(self.layers.num_layers, len(x), x.shape[2], dtype=dtype)
+            return torch.lstm(x.to(dtype), (state, state), weights, True, self.layers.num_layers, 0.0, self.training, False, True)[0]
 
 
 class Transformer(nn.Module):

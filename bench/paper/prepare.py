@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from bench.paper import extract, packages, words
 from bench.paper.bundle import PARTS, Bundle
@@ -62,9 +63,12 @@ def prepare(work: Path, names: Iterable[str]) -> None:
 
 def prepare_smoke(work: Path) -> None:
     """The smoke run's corpus, which needs no package."""
-    if not path_of(work, "smoke").exists():
-        documents = [piece for document in extract.topics() for piece in _paragraphs(document)]
-        bundled("smoke", {"pydoc_data.topics": list(extract.distinct(documents))}, words.SMOKE).save(path_of(work, "smoke"))
+    path = path_of(work, "smoke")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        if not path.exists():
+            documents = [piece for document in extract.topics() for piece in _paragraphs(document)]
+            bundled("smoke", {"pydoc_data.topics": list(extract.distinct(documents))}, words.SMOKE).save(path)
 
 
 def path_of(work: Path, name: str) -> Path:

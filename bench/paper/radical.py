@@ -10,6 +10,7 @@ import torch
 from bench.paper.bundle import Bundle
 from bench.paper.models import LanguageModel
 from bench.paper.resampling import Pairs, figures
+from bench.paper.step import autocast
 
 _PAIRS, _SEED = 4000, 0  # of different families, at most, of each kind
 _PREFIX = 3  # letters
@@ -44,7 +45,8 @@ def embedded(model: LanguageModel, bundle: Bundle, vocabulary: str, language: st
         padded = np.full((len(some), int(lengths.max())), end)  # behind a word: no state before sees it
         for row, word in zip(padded, some, strict=True):
             row[: len(word)] = word
-        states = model.states(torch.from_numpy(padded).to(device)).float()  # (b, T, width)
+        with autocast(device):
+            states = model.states(torch.from_numpy(padded).to(device)).float()  # (b, T, width)
         inside = torch.arange(states.shape[1], device=device) < lengths[:, None]
         vectors.append(((states * inside[..., None]).sum(1) / lengths[:, None]).cpu().numpy())
     return np.concatenate(vectors).astype(np.float64)

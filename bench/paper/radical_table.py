@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.paper.bundle import Bundle
 from bench.paper.config import Settings
-from bench.paper.models import LanguageModel
 from bench.paper.prepare import path_of
-from bench.paper.radical import of_baselines, of_model
+from bench.paper.radical import of_baselines
 from bench.paper.runs import Place, outcomes
 from bench.report import table
 
@@ -35,11 +32,8 @@ def measure(work: Path, corpora: list[str], settings: Settings, place: Place, ta
         rows: dict[str, list[dict[str, Any]]] = {label: [row] for label, row in of_baselines(bundle).items()}
         found = [each for each in outcomes(bundle, settings, place, table2.get(name, {}).get("runs", {})) if each.run.model.trained]
         for outcome in found:
-            model = outcome.run.model
             if outcome.run.seed == settings.seeds[name][0]:
-                torch.manual_seed(outcome.run.seed)
-                untrained = LanguageModel(outcome.run.size).to(place.device)
-                rows[f"{model.label}, untrained"] = [of_model(untrained, bundle, model.vocabulary)]
+                rows[f"{outcome.run.model.label}, untrained"] = [outcome.untrained()]
         for outcome in found:
             outcome.evaluate()
             rows.setdefault(outcome.run.model.label, []).append(outcome.figures["radical"])

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from bench.model.attempts import free
 from bench.paper.bundle import Bundle
 from bench.paper.causality import causality
 from bench.paper.config import ConfigurationError, ModelConfig, Run, Settings, model_names, resolve
-from bench.paper.costs import memory, speed
+from bench.paper.costs import compiled_ms, memory, speed
 from bench.paper.evaluate import bits_per_byte, robustness
 from bench.paper.models import LanguageModel
 from bench.paper.radical import of_model
@@ -36,7 +38,17 @@ class Outcome:
     def __init__(self, run: Run, bundle: Bundle, place: Place, earlier: dict[str, Any]) -> None:
         self.run, self.bundle, self.place = run, bundle, place
         self.folder = place.folder / f"{run.settings.name}-{run.settings.train_mib:g}mib" / run.name
+        self._write_config()
         self.figures: dict[str, Any] = self._kept() or self._taken(earlier)
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works on the run."""
+        return self.folder / ".lock"
+
+    def read(self) -> None:
+        """The figures that another process may have stored by now."""
+        self.figures |= self._kept()
 
     def figure(self, name: str, make: Callable[[], Any]) -> Any:
         """The stored figure, or `make()`, stored.
@@ -47,9 +59,16 @@ class Outcome:
         if name not in self.figures:
             if time.monotonic() >= self.place.deadline:
                 raise OutOfTimeError(f"{self.run.name}: {name} is left to do")
+            begin = time.monotonic()
             self.figures[name] = make()
             self._write()
+            print(f"{self.run.name}: {name}, {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
         return self.figures[name]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is trained, and evaluated as Table 2 asks."""
+        return set(self.figures) >= _EVALUATIONS
 
     def train(self) -> dict[str, Any]:
         """Its training, whole."""
@@ -74,14 +93,26 @@ class Outcome:
         for name, evaluation in evaluations.items():
             self.figure(name, functools.partial(self._evaluated, evaluation))
 
+    def untrained(self) -> dict[str, Any]:
+        """The radical ratio of the model as its seed makes it."""
+        return self.figure("untrained", self._untrained)
+
     def costs(self) -> None:
         """Memory and speed, on a GPU."""
         bytes_per_id = self.bundle.bytes_per_id(self.run.model.vocabulary)
         self.figure("memory", lambda: memory(self.run, bytes_per_id, self.place.device))
         self.figure("speed", lambda: speed(self.run, self.place.device))
 
+    def compiled(self) -> None:
+        """The speed of the step compiled by PyTorch, on a GPU: most of a minute to compile."""
+        self.figure("compiled_ms", lambda: compiled_ms(self.run, self.place.device))
+
     def _evaluated(self, evaluation: Callable[[LanguageModel], Any]) -> Any:
         return evaluation(self.trained())
+
+    def _untrained(self) -> dict[str, Any]:
+        torch.manual_seed(self.run.seed)
+        return of_model(LanguageModel(self.run.size).to(self.place.device), self.bundle, self.run.model.vocabulary)
 
     def _trained(self) -> dict[str, Any]:
         training = Training(self.run, self.bundle, self.folder, self.place.device)
@@ -95,15 +126,21 @@ class Outcome:
         """The run and its figures, as JSON holds them."""
         return {"run": self.run.stored(), "figures": self.figures}
 
-    def _kept(self) -> dict[str, Any]:
-        """From the run's folder, which is made if it is not there."""
-        path, config = self.folder / "result.json", json.dumps(self.run.stored(), indent=1) + "\n"
+    def _write_config(self) -> None:
+        """Into the run's folder, which is made if it is not there."""
+        path, config = self.folder / "config.json", json.dumps(self.run.stored(), indent=1) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        written = self.folder / "config.json"
-        if written.exists() and written.read_text(encoding="utf-8") != config:
+        if path.exists() and path.read_text(encoding="utf-8") != config:
             raise ConfigurationError(f"{self.folder} holds a run with another configuration: remove it to start anew")
-        written.write_text(config, encoding="utf-8")
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        unfinished = self.folder / f"config.{os.getpid()}"  # no process reads what another has half written
+        unfinished.write_text(config, encoding="utf-8")
+        unfinished.replace(path)
+
+    def _kept(self) -> dict[str, Any]:
+        path = self.folder / "result.json"
+        figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        lost = "training" in figures and not set(figures) >= _EVALUATIONS and not (self.folder / "weights.pt").exists()
+        return {name: figure for name, figure in figures.items() if not lost or name not in _EVALUATIONS}
 
     def _taken(self, earlier: dict[str, Any]) -> dict[str, Any]:
         """From an earlier table, if it is of the same run: its machine, and with it the folder, may be gone."""

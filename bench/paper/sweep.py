@@ -7,27 +7,33 @@ from bench.paper.bundle import Bundle
 from bench.paper.config import ModelConfig, Settings, model_names, resolve
 from bench.paper.prepare import path_of
 from bench.paper.runs import Outcome, Place
+from bench.paper.sharing import work_off
 from bench.report import table
 
 FACTORS = (0.5, 1.0, 2.0)
 _SHARE = 1 / 8
 
 
-def measure(work: Path, corpus: str, settings: Settings, place: Place) -> dict[str, Any]:
-    """By model: [rate, bits per byte of the validation part at the end], of each rate.
-
-    Raises:
-        OutOfTimeError: not all of it could be done; what was is kept.
-    """
-    bundle = Bundle.load(path_of(work, corpus))
+def work(folder: Path, corpus: str, settings: Settings, place: Place) -> list[Outcome]:
+    """The runs, worked off as far as the time goes."""
+    bundle = Bundle.load(path_of(folder, corpus))
     short = settings._replace(train_mib=settings.train_mib * _SHARE, curve_points=1)
+    models = filter(lambda model: model.trained, map(ModelConfig.load, model_names()))
+    varied = [model._replace(name=f"{model.name}-rate-x{factor:g}", rate=model.rate * factor) for model in models for factor in FACTORS]
+    found = [Outcome(resolve(model, bundle, short, settings.seeds[corpus][0]), bundle, place, {}) for model in varied]
+    work_off((each, each.train) for each in found)
+    return found
+
+
+def collected(found: list[Outcome]) -> tuple[dict[str, Any], str | None]:
+    """By model: [rate, bits per byte of the validation part at the end], of each rate; and what is left to do."""
     figures: dict[str, Any] = {}
-    for model in filter(lambda model: model.trained, map(ModelConfig.load, model_names())):
-        for factor in FACTORS:
-            varied = model._replace(name=f"{model.name}-rate-x{factor:g}", rate=model.rate * factor)
-            training = Outcome(resolve(varied, bundle, short, settings.seeds[corpus][0]), bundle, place, {}).train()
-            figures.setdefault(model.label, []).append([varied.rate, training["curve"][-1]["validation"]])
-    return figures
+    for each in found:
+        each.read()
+        if training := each.figures.get("training"):
+            figures.setdefault(each.run.model.label, []).append([each.run.model.rate, training["curve"][-1]["validation"]])
+    left = [each.run.name for each in found if "training" not in each.figures]
+    return figures, f"{len(left)} runs are left to do, {left[0]} the first of them" if left else None
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -35,6 +41,7 @@ def text(figures: dict[str, Any]) -> str:
     lines = []
     for label, found in figures.items():
         best = min(bits for _, bits in found)
-        lines.append((label, *(f"{rate:g}: " + (f"**{bits:.4f}**" if bits == best else f"{bits:.4f}") for rate, bits in found)))
+        by_rate = {rate: f"**{bits:.4f}**" if bits == best else f"{bits:.4f}" for rate, bits in found}
+        lines.append((label, ", ".join(f"{rate:g}: {bits}" for rate, bits in sorted(by_rate.items()))))
     title = "## Learning rates\n\nBits per byte of the validation part after an eighth of the training bytes, one seed.\n\n"
-    return title + table(("", "half of the config's rate", "the config's", "twice"), lines)
+    return title + table(("", "rate: bits per byte"), lines)

@@ -1,7 +1,6 @@
 """Table 2 of the paper: every run trained and evaluated as far as the time goes, and the figures of all of them in one file."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +8,31 @@ from bench.paper.bundle import Bundle
 from bench.paper.config import Settings
 from bench.paper.prepare import path_of
 from bench.paper.runs import Outcome, Place, outcomes
-from bench.paper.train import OutOfTimeError
+from bench.paper.sharing import work_off
+
+Found = dict[str, list[Outcome]]  # by corpus
 
 
-def measure(
-    work: Path, corpora: Sequence[str], settings: Settings, place: Place, stored: dict[str, Any]
-) -> tuple[dict[str, Any], str | None]:
+def work(folder: Path, corpora: Sequence[str], settings: Settings, place: Place, stored: dict[str, Any]) -> Found:
+    """The runs on these corpora, worked off as far as the time goes; `stored` is an earlier table."""
+    found = {}
+    for name in corpora:
+        found[name] = outcomes(Bundle.load(path_of(folder, name)), settings, place, stored.get(name, {}).get("runs", {}))
+    work_off(_jobs(found))
+    return found
+
+
+def collected(found: Found, stored: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The figures by corpus, those of `stored` that still hold among them; and what is left to do, None if nothing is."""
-    found: dict[str, list[Outcome]] = {}
-    left = None
-    try:
-        for name in corpora:
-            bundle = Bundle.load(path_of(work, name))
-            found[name] = outcomes(bundle, settings, place, stored.get(name, {}).get("runs", {}))
-            for outcome in found[name]:
-                if outcome.run.model.trained:
-                    outcome.evaluate()
-        for outcome in _costed(found):
-            outcome.costs()
-    except OutOfTimeError as error:
-        left = str(error)
-    figures = dict(stored)
+    figures, left = dict(stored), []
     for name, some in found.items():
+        for outcome in some:
+            outcome.read()
+        left += [each.run.name for each in some if each.run.model.trained and not each.whole]
         facts = {key: value for key, value in some[0].bundle.facts.items() if key != "families"}
         runs = {each.run.name: each.stored() for each in some if each.figures}
         figures[name] = {"facts": facts, "runs": _alike(stored.get(name, {}).get("runs", {}), some[0].stored()["run"]) | runs}
-    return figures, left
+    return figures, f"{len(left)} runs are left to do, {left[0]} the first of them" if left else None
 
 
 def _alike(runs: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -42,9 +40,27 @@ def _alike(runs: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     return {name: each for name, each in runs.items() if all(each["run"][key] == run[key] for key in ("settings", "sha256"))}
 
 
-def _costed(found: dict[str, list[Outcome]]) -> Iterator[Outcome]:
+def _jobs(found: Found) -> Iterator[tuple[Outcome, Callable[[], object]]]:
+    """The most important first: the first seed of every corpus, the costs, the other seeds, what PyTorch compiles."""
+    ranked = [(rank, each) for some in found.values() for rank, each in _ranked(some)]
+    trained = [(rank, each) for rank, each in ranked if each.run.model.trained]
+    first = [each for rank, each in trained if rank == 0]
+    costed = _costed(found)
+    yield from ((each, each.evaluate) for each in first)
+    yield from ((each, each.untrained) for each in first)
+    yield from ((each, each.costs) for each in costed)
+    yield from ((each, each.evaluate) for rank, each in sorted(trained, key=lambda pair: pair[0]) if rank)
+    yield from ((each, each.compiled) for each in costed)
+
+
+def _ranked(some: Sequence[Outcome]) -> Iterator[tuple[int, Outcome]]:
+    """Each with the number of its seed; the LSTMs, which take longest, before the others."""
+    seeds = list(dict.fromkeys(each.run.seed for each in some))
+    for each in sorted(some, key=lambda each: each.run.size.kind != "lstm"):
+        yield seeds.index(each.run.seed), each
+
+
+def _costed(found: Found) -> list[Outcome]:
     """One of each model, on the first corpus, where there is a GPU."""
-    for outcome in itertools.chain.from_iterable(found.values()):
-        first = next(iter(found.values()))[0]
-        if outcome.place.device.type == "cuda" and outcome.run.corpus == first.run.corpus and outcome.run.seed == first.run.seed:
-            yield outcome
+    some = next(iter(found.values()))
+    return [each for each in some if each.place.device.type == "cuda" and each.run.seed == some[0].run.seed]

@@ -198,7 +198,7 @@ def _speeds(model: Model) -> Iterator[str]:
     run = model.runs[0]["run"]
     step_bytes = run["settings"]["batch"] * run["length"] * model.bytes_per_id
     trained = model.mean("training", "bytes_per_s")
-    step, alone, compiled = (model.mean("speed", name) for name in ("step_ms", "model_ms", "compiled_ms"))
+    step, alone, compiled = model.mean("speed", "step_ms"), model.mean("speed", "model_ms"), model.mean("compiled_ms")
     yield "-" if trained is None and step is None else f"{(trained or step_bytes / (step or 1) * 1e3) / 1e6:.2f}"
     yield "-" if compiled is None else f"{step_bytes / compiled / 1e3:.2f}"
     yield "-" if alone is None or step is None else f"{alone / step:.0%}"
@@ -234,7 +234,7 @@ def _lost(found: dict[str, Model]) -> str:
 
 
 def _compiled_rate(model: Model) -> float | None:
-    milliseconds = model.mean("speed", "compiled_ms")
+    milliseconds = model.mean("compiled_ms")
     run = model.runs[0]["run"]
     return milliseconds and run["settings"]["batch"] * run["length"] * model.bytes_per_id / milliseconds * 1e3
 

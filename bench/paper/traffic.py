@@ -43,7 +43,8 @@ def measured(rival: str, shape: Shape) -> dict[str, Any]:
     """Bytes by METRICS, or why they could not be read."""
     if shutil.which("ncu") is None:
         return {"failed": "ncu is not on the PATH"}
-    command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS.values())]
+    command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
+    command += ["--metrics", ",".join(METRICS.values())]
     command += ["--kernel-name", "regex:conv", "--launch-skip", "2", "--launch-count", "1"]
     command += [sys.executable, "-m", "bench.paper.traffic", rival, str(shape)]
     try:

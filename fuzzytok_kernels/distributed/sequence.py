@@ -82,6 +82,28 @@ class _WithHistory(torch.autograd.Function):
         return grad_x, None, None
 
 
+@torch.compiler.disable
+def without_history(y: Tensor, before: int, dim: int) -> Tensor:
+    """y without its first `before` steps along `dim`; a view."""
+    return _WithoutHistory.apply(y, before, dim) if before else y
+
+
+class _WithoutHistory(torch.autograd.Function):
+    """As `Tensor.narrow`, whose gradient is set to zero all over before it is written: a pass more."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, before: int, dim: int) -> Tensor:
+        ctx.before, ctx.dim = before, dim
+        return y.narrow(dim, before, y.shape[dim] - before)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        moved = grad.movedim(ctx.dim, -1)
+        zeros = moved.new_zeros((*moved.shape[:-1], ctx.before))
+        return joined([zeros], moved).movedim(-1, ctx.dim), None, None
+
+
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(

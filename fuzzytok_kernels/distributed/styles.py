@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 import fuzzytok_kernels.distributed.sharding  # noqa: F401 (registers the rules)
 from fuzzytok_kernels.checks import check_boundaries
 from fuzzytok_kernels.distributed.exchange import TimeShards
-from fuzzytok_kernels.distributed.sequence import causal_conv1d, with_history
+from fuzzytok_kernels.distributed.sequence import causal_conv1d, with_history, without_history
 from fuzzytok_kernels.nn import CausalConv1d
 
 
@@ -90,7 +90,7 @@ class TimeParallel(ParallelStyle):
     their receptive field anew; bytes have no gradient, so that nothing comes back. On a `CausalConv1d` they exchange its history, during
     its computation; in a model, `{"blocks.*.conv": TimeParallel()}`. The first is faster as long as the receptive field costs less to
     compute than a message takes: `python3 -m bench.scaling` says where that ends. Whatever else the module does must not mix steps. The
-    gradients of parameters are of this rank's steps; FSDP2 or DDP over the same ranks averages them.
+    gradients of parameters are of this rank's steps; `average_gradients`, FSDP2 or DDP over the same ranks averages them.
 
     The first argument is this rank's part of (B, T) or (..., T), and so is the result of (B, T, ...) or (..., T). `cu_seqlens`, where the
     module takes them, are those of the whole on every rank: a sequence may lie in several.
@@ -116,7 +116,7 @@ class _ExchangesAtTheInput(nn.Module):
             check_boundaries(cu_seqlens, sum(shards.lengths))  # what is cut to this rank's steps may look right
         sequences = [] if cu_seqlens is None else [shards.boundaries(cu_seqlens, before, T)]
         y = super().forward(with_history(x, self.time_history, shards), *sequences)
-        return y.narrow(x.dim() - 1, before, T)
+        return without_history(y, before, x.dim() - 1)
 
 
 class _ExchangesAtTheConvolution(CausalConv1d):
