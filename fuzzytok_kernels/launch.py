@@ -22,7 +22,7 @@ from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strid
 from fuzzytok_kernels.private_triton import OutOfResources
 from fuzzytok_kernels.program import Kernel, cdiv, on
 from fuzzytok_kernels.reference import GATES
-from fuzzytok_kernels.support import conv_switch, facts
+from fuzzytok_kernels.support import approximates, conv_switch, facts
 from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
 from fuzzytok_kernels.tuning.problem import describable
 from fuzzytok_kernels.tuning.space import default_config
@@ -261,7 +261,8 @@ def _conv(
     stride_bias = 0 if bias is None else bias.strides[0]
     x_strides, y_strides = sequences.strides_between(x.strides), sequences.strides_between(strides)
     strides_of_extra = sequences.strides_between(after.extra.strides) if after.extra else (0, 0, 0)
-    constants = (K, parts, bias is not None, after.activation, after.kind, _precision(problem, x.device))
+    approximate = approximates(x.dtype, x.device)
+    constants = (K, parts, bias is not None, after.activation, approximate, after.kind, _precision(problem, x.device))
     tiles = sequences.tiles(B, T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
     # Device-side assertions for the values of cu_seqlens, but no arithmetic checked for overflow.
     options: dict[str, Any] = {"debug": True, "sanitize_overflow": False} if sequences.packed else {}
