@@ -276,7 +276,7 @@ def _conv(
         return launch_pointers
 
     read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed)
-    read_weight, in_last = taps(weight, axes, parts, config.BLOCK_C_IN, config.BLOCK_C_OUT)
+    read_weight, in_last = taps(weight, axes, parts, config.BLOCK_C_IN, config.BLOCK_C_OUT, _precision(problem, x.device) == "tf32")
     described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
     read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half, sequences.packed) if described and after.extra else as_it_is
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
-from fuzzytok_kernels.kernels.dot import dot
+from fuzzytok_kernels.kernels.dot import dot, dot_rounded
 from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, moved, place, row_length, sequence_of
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
@@ -91,7 +91,7 @@ def _add_taps(
             tap = weight.load([k, 0, c, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
         else:
             tap = weight.load([k, ci, c]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
-        acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
+        acc = dot_rounded(rows, tap, acc, PRECISION)  # [T, C_out]
     return acc
 
 
