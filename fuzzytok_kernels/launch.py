@@ -355,7 +355,8 @@ def _reduction(splits: int, weights: int, c_out: int, pdl: bool) -> Kernel:
     # As many rows at a time as there are splits, and 4096 elements: enough loads in flight for a sum that is all latency.
     block_rows = min(32, 1 << (splits - 1).bit_length())
     block_columns = 4096 // block_rows
-    programs, options = cdiv(weights, block_columns) + cdiv(c_out, block_columns), {"launch_pdl": True} if pdl else {}
+    programs = cdiv(weights, block_columns) + cdiv(c_out, block_columns)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     return Kernel(reduce_partials_kernel, programs, (pdl, block_rows, block_columns), **options)
 
 
