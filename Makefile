@@ -38,9 +38,15 @@ fuzz:
 repeats soak sanitize:
 	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) tests/$@.py
 
-# Every kernel and shipped config, compiled for all GPUs without having them; MOST limits how many for each.
-compile-matrix: .venv/installed
+# Every kernel and shipped config, compiled for all GPUs without having them; MOST limits how many for each. Twice: under the Triton of
+# .venv, and under the oldest that the package allows.
+compile-matrix: .venv/installed .venv/triton-oldest/installed
 	$(BIN)/python -m fuzzytok_kernels.tuning.matrix $(if $(MOST),--most $(MOST))
+	PYTHONPATH=.venv/triton-oldest $(BIN)/python -m fuzzytok_kernels.tuning.matrix $(if $(MOST),--most $(MOST))
+
+.venv/triton-oldest/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) $(filter triton%,$(pair-oldest))
+	touch $@
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

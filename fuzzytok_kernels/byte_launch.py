@@ -16,7 +16,7 @@ from fuzzytok_kernels.kernels.byte_conv import byte_conv_kernel
 from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, share_kernel, sum_slots_kernel, tap_kernel
 from fuzzytok_kernels.kernels.byte_table import embedding_grad_kernel, table_kernel, tap_grad_kernel
 from fuzzytok_kernels.layout import empty_of_bytes, empty_weight
-from fuzzytok_kernels.program import Kernel, cdiv, on
+from fuzzytok_kernels.program import Kernel, cdiv, named, on
 from fuzzytok_kernels.reference import GATES, check_range
 from fuzzytok_kernels.support import facts
 
@@ -75,7 +75,7 @@ def _forward_plan(
         kernel(ids, table, cu_seqlens, y, *numbers)
         return y
 
-    return on(ids.device, look_up)
+    return on(ids.device, named("byte_causal_conv1d", look_up))
 
 
 @_plans
@@ -123,7 +123,7 @@ def _grad_plan(
         sum_slots(partial, ends, grad_table, n_blocks, width)
         return table_grads(grad_table, embedding, weight)
 
-    return on(ids.device, gradients)
+    return on(ids.device, named("byte_causal_conv1d_grad", gradients))
 
 
 def _order(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzzytok_kernels.private_triton import KernelInterface, launcher
+from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources, launcher
 from fuzzytok_kernels.tuning import Config
 
 
@@ -44,6 +44,27 @@ def on(device: torch.device, launch: Callable) -> Callable:
         return launch(*tensors)
 
     return launch_there
+
+
+def named(name: str, launch: Callable) -> Callable:
+    """`launch` of an op whose configs are fixed; what fails says of which op and shapes, as in `launch._plan` of which problem."""
+
+    def launch_by_name(*args: Any) -> Any:
+        try:
+            return launch(*args)
+        except OutOfResources as error:
+            raise OutOfResources(error.required, error.limit, f"{error.name} for {_told(name, args)}") from error
+        except RuntimeError as error:
+            capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+            hint = "; a kernel's first call cannot be captured in a graph: call it once before" if capturing else ""
+            error.args = (f"{_told(name, args)}: {error}{hint}",)
+            raise
+
+    return launch_by_name
+
+
+def _told(name: str, args: tuple) -> str:
+    return f"{name} of {', '.join(str(tuple(arg.shape)) for arg in args if isinstance(arg, Tensor))}"
 
 
 class _Threads(threading.local):

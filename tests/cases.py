@@ -1,7 +1,8 @@
 """Random problems of every op: what test_fuzz.py and fuzz.py draw, and verdicts.py checks.
 
-An op joins by a line in SUBJECTS. A case has two halves: its template decides which kernel is compiled, its sizes do not (they keep the
-template's divisibility), so that a GPU can run thousands of cases of a few hundred kernels.
+An op joins by a line in SUBJECTS, or in NOT_DRAWN for the repeats and the sanitizers alone. A case has two halves: its template decides
+which kernel is compiled, its sizes do not (they keep the template's divisibility), so that a GPU can run thousands of cases of a few
+hundred kernels.
 """
 
 import json
@@ -110,7 +111,7 @@ def from_text(text: str) -> Case:
 
 def choices(op: str) -> dict[str, tuple]:
     """What each field of a template of `op` may be."""
-    return {"op": (op,), **_COMMON, **SUBJECTS[op].choices}
+    return {"op": (op,), **_COMMON, **ALL[op].choices}
 
 
 def sizes(template: dict[str, Any]) -> st.SearchStrategy[Case]:
@@ -121,7 +122,7 @@ def sizes(template: dict[str, Any]) -> st.SearchStrategy[Case]:
     return st.builds(
         Case,
         **{**fixed, **drawn},
-        B=st.just(1) if template["packed"] else st.integers(0, 4),
+        B=st.just(1) if template["packed"] else st.sampled_from((1, 2, 3, 4) * 3 + (0,)),
         d=st.integers(1, 9)
         if template["state"] or template["op"] == "causal_conv1d_update"
         else st.one_of(st.integers(1, 9), st.sampled_from((64, 640, 2**31 - 1, 2**40))),
@@ -213,6 +214,26 @@ def _bytes(case: Case, new: Tensors) -> tuple:
     return ids, embedding, weight, new.bias(), case.d, case.activation, new.cu_seqlens()
 
 
+def _byte_grad(case: Case, new: Tensors) -> tuple:
+    return new.sequence("grad_y", case.channels, case.layout), *_bytes(case, new)
+
+
+def _stack(case: Case, new: Tensors) -> tuple:
+    """Two layers, the second of twice the dilation; `state` as of an update."""
+    x, dilations = new.sequence("x", case.channels, case.layout), [case.d, 2 * case.d]
+    slots = case.B + 2 if case.state else case.B
+    history = new.conv_state((slots, case.channels, (case.K - 1) * sum(dilations))).mT.contiguous()
+    indices = torch.randperm(slots, device=DEVICE)[: case.B] if case.state else None
+    layers = [new.weight(case.channels) for _ in dilations], [new.bias() for _ in dilations]
+    return x, history, torch.randint(0, 50, (slots,), device=DEVICE), indices, *layers, dilations, case.activation
+
+
+def _embedding_norm(case: Case, new: Tensors) -> tuple:
+    ids = torch.randint(256, (case.B, case.T), device=DEVICE)
+    scale, shift = (new.matrix(name, 1, case.channels)[0] for name in ("weight", "bias"))
+    return ids, new.matrix("embedding", 256, case.channels), scale, shift, 1e-5
+
+
 def _activation_grad(case: Case, new: Tensors) -> tuple:
     grad_y = new.sequence("grad_y", case.channels, case.layout)
     x = new.sequence("x", case.c_in, case.others)
@@ -296,8 +317,13 @@ SUBJECTS = {
         _weight_grad, {"bias": ("none",), "weight": ("contiguous",), "packed": (False, True)}, "x", _its_channel
     ),
 }
+# Ops of another kind, which the fuzzer does not draw: tests of their own try their values, in test_byte_conv.py and test_streaming.py.
+_STREAMS = "fuzzytok_kernels.streaming.launch"
 NOT_DRAWN = {
-    "residual_stack_update": "test_update.py",
-    "embedding_norm": "test_update.py",
-    "byte_causal_conv1d_grad": "test_byte_conv.py",
-}  # ops of another kind, and the file whose tests try them
+    "byte_causal_conv1d_grad": Subject(_byte_grad, SUBJECTS["byte_causal_conv1d"].choices, launch="fuzzytok_kernels.byte_launch"),
+    "residual_stack_update": Subject(
+        _stack, {"bias": ("contiguous",), "activation": tuple(ACTIVATIONS), "state": (False, True)}, launch=_STREAMS
+    ),
+    "embedding_norm": Subject(_embedding_norm, {}, launch=_STREAMS),
+}
+ALL = {**SUBJECTS, **NOT_DRAWN}

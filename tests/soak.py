@@ -6,6 +6,7 @@ Lengths change from step to step, so that plans, layouts and the allocator's blo
 """
 
 import argparse
+import contextlib
 import resource
 import sys
 import time
@@ -34,30 +35,31 @@ def main() -> int:
     optimizer = torch.optim.AdamW([*tokenizer.parameters(), *head.parameters()], lr=1e-3, fused=True)
     text = torch.frombuffer(bytearray(_TEXT), dtype=torch.uint8).long().to(device)
     starts = torch.randint(len(text) - max(_LENGTHS) - 1, (chosen.steps,)).tolist()
-    bad, losses, warm = torch.zeros((), dtype=torch.bool, device=device), [], (0, 0)
-    for step, start in enumerate(starts):
-        T, B = _LENGTHS[step % len(_LENGTHS)], 4 + step % 3
-        ids = text[start : start + T + 1].expand(B, -1).roll(step % B, 0)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = bits_per_byte(head(tokenizer(ids[:, :-1])), ids[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bad |= ~loss.detach().isfinite()
-        if step % 1000 == 0:
-            losses.append(loss.item())
-            print(f"step {step:6}  {losses[-1]:.3f} bits a byte  {_memory(device)}", flush=True)
-        if step == int(chosen.steps * _WARM):
-            warm = _memory(device)
+    bad, losses, warm, done = torch.zeros((), dtype=torch.bool, device=device), [], (0, 0), 0
+    with contextlib.suppress(KeyboardInterrupt):
+        for done, start in enumerate(starts, 1):
+            T, B = _LENGTHS[done % len(_LENGTHS)], 4 + done % 3
+            ids = text[start : start + T + 1].expand(B, -1).roll(done % B, 0)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = bits_per_byte(head(tokenizer(ids[:, :-1])), ids[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bad |= ~loss.detach().isfinite()
+            if done % 1000 == 1:
+                losses.append(loss.item())
+                print(f"step {done:6}  {losses[-1]:.3f} bits a byte  {_memory(device)}", flush=True)
+            if done == int(chosen.steps * _WARM):
+                warm = _memory(device)
     finite = not bad.item() and all(parameter.isfinite().all() for parameter in tokenizer.parameters())
-    now = _memory(device)
-    grown = [after - before for before, after in zip(warm, now, strict=True)]
+    grown = [after - before for before, after in zip(warm, _memory(device), strict=True)]
     learnt = losses[-1] < 0.7 * losses[0] or chosen.steps < 3000
     print(
-        f"{chosen.steps:,} steps in {time.monotonic() - started:.0f} s: {'all' if finite else 'NOT ALL'} finite; memory since step "
-        f"{int(chosen.steps * _WARM):,}: {grown[0]:+,} bytes on the GPU, {grown[1] / 2**20:+.1f} MiB of the process"
+        f"{done:,} of {chosen.steps:,} steps in {time.monotonic() - started:.0f} s: {'all' if finite else 'NOT ALL'} finite; "
+        f"{losses[0]:.3f} to {losses[-1]:.3f} bits a byte; memory since step {int(chosen.steps * _WARM):,}: "
+        f"{grown[0]:+,} bytes on the GPU, {grown[1] / 2**20:+.1f} MiB of the process"
     )
-    return 0 if finite and learnt and grown[0] <= 0 and grown[1] < 64 * 2**20 else 1
+    return 0 if done == chosen.steps and finite and learnt and grown[0] <= 0 and grown[1] < 64 * 2**20 else 1
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

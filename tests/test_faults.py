@@ -4,8 +4,10 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import cases
 import pytest
 import torch
+import verdicts
 from modes import needs_cuda, needs_kernels, run_python
 from oracle import OPS, Problem, assert_accurate, make_inputs, ours
 
@@ -138,6 +140,60 @@ def test_names_the_problem_and_the_next_call_works(op, kind, device, strict, mon
         with pytest.raises(kind, match=rf"^Problem\(op='{op}', dtype='fp16', .*steps=128\): what the driver says$"):
             OPS[op](*inputs.args(op))
     assert all(torch.equal(value, want[name]) for name, value in ours(inputs).items())
+
+
+BY_NAME = sorted({*cases.NOT_DRAWN, "byte_causal_conv1d", "causal_conv1d_update"})  # ops whose configs are fixed
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, OutOfResources])
+@pytest.mark.parametrize("op", BY_NAME)
+def test_names_the_op_and_the_next_call_works(op, kind, device, strict, monkeypatch):
+    """And nothing that is updated has changed."""
+    case = cases.Case(
+        op=op, dtype="fp32", layout="channels-last", others="channels-last", weight="contiguous", bias="contiguous", activation="none",
+        residual="none", packed=False, state=True, K=3, config=1, c_in=16, channels=16, T=5, B=2, d=3, spoilt=None, seed=1,
+    )  # fmt: skip
+    args = cases.ALL[op].arguments(case, cases.Tensors(case))
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    before = [tensor.clone() for tensor in tensors]
+    run = getattr(torch.ops.fuzzytok, op).default
+    want = verdicts.call(run, op, args)
+
+    def fails(self, *args):
+        raise kind("what the driver says") if kind is not OutOfResources else TOO_MUCH
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program_module.Kernel, "__call__", fails)
+        with pytest.raises(kind, match=rf"{op} of \(2, .*\d\)") as caught:
+            run(*args)
+    assert ("what the driver says" in str(caught.value)) != (kind is OutOfResources)
+    assert all(map(torch.equal, tensors, before))
+    assert all(map(torch.equal, verdicts.call(run, op, args), want))
+
+
+@needs_kernels
+def test_a_stack_without_memory_leaves_its_states(device, strict, monkeypatch):
+    """Each layer's state is written while the next computes, so that all memory has to be there before the first does."""
+    layers = [torch.randn(16, 16, 3, device=device) for _ in range(3)], [torch.randn(16, device=device) for _ in range(3)], [1, 2, 4]
+    history, positions = torch.randn(2, 14, 16, device=device), torch.tensor([5, 9], device=device)
+    x, before = torch.randn(2, 16, 1, device=device), (history.clone(), positions.clone())
+    stack, new, made = torch.ops.fuzzytok.residual_stack_update.default, torch.Tensor.new_empty_strided, []
+
+    def third_fails(self, *args, **kwargs):
+        made.append(None)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return new(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty_strided", third_fails)
+        with pytest.raises(torch.OutOfMemoryError, match=r"^residual_stack_update of \(2, 16, 1\).*no memory"):
+            stack(x, history, positions, None, *layers, "gelu")
+    assert torch.equal(history, before[0])
+    assert torch.equal(positions, before[1])
+    y = stack(x, history, positions, None, *layers, "gelu")
+    assert torch.equal(y, stack(x, *before, None, *layers, "gelu"))
 
 
 @needs_kernels

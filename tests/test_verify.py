@@ -6,6 +6,7 @@ import math
 from concurrent.futures import Future
 
 import pytest
+import torch
 from modes import needs_cuda
 
 pytest.importorskip("triton")
@@ -58,8 +59,44 @@ def test_what_it_says(answer, status, says, monkeypatch, capsys):
 
     monkeypatch.setattr(verify, "pool", pool)
     monkeypatch.setattr(check.Gpu, "current", staticmethod(lambda device: H100))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main(["check", "--all"]) == status
     assert says in capsys.readouterr().out
+
+
+def test_takes_all_gpus_of_its_kind_in_turn(monkeypatch):
+    """And leaves another model alone."""
+    seen = []
+
+    @contextlib.contextmanager
+    def pool(function, processes):
+        def submit(device, jobs, config):
+            seen.append(device)
+            future = Future()
+            future.set_result([0.5] * len(jobs))
+            return future
+
+        yield submit
+
+    monkeypatch.setattr(verify, "pool", pool)
+    monkeypatch.setattr(check.Gpu, "current", staticmethod(lambda device: H100._replace(name="another") if device == 1 else H100))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert verify.verify_all(H100) == 0
+    assert seen[:4] == [0, 2, 0, 2]
+
+
+def test_what_it_says_when_stopped(monkeypatch, capsys):
+    def stopped(gpu, plan):
+        future = Future()
+        future.set_result([0.5])
+        yield [plan[0][0][0]], plan[0][1], future
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "_verified", stopped)
+    assert verify.verify_all(H100) == 1
+    out = capsys.readouterr().out
+    assert "stopped; 2,365 of 2,366 configs were left" in out
+    assert "1 runs right on NVIDIA H100 80GB HBM3, 0 wrong; 0 asked" in out
 
 
 @needs_cuda

@@ -52,9 +52,9 @@ def _run(op: str, args: tuple) -> tuple[Tensor, ...]:
     """The results, once they are the same bits through the dispatcher as on guarded memory."""
     if not KERNELS_RUN:
         with poisoned():
-            return _call(_op(op), op, args)
+            return call(_op(op), op, args)
     with guards.Allocations() as allocations:
-        got = _call(_function(SUBJECTS[op].launch, op), op, args)
+        got = call(_function(SUBJECTS[op].launch, op), op, args)
     if any(value.numel() for value in got):
         allocations.check()
     if ON_CUDA:
@@ -63,11 +63,11 @@ def _run(op: str, args: tuple) -> tuple[Tensor, ...]:
 
 
 def _check_the_op_itself(op: str, args: tuple, got: tuple[Tensor, ...]) -> None:
-    for one, other in zip(_call(_op(op), op, args), got, strict=True):
+    for one, other in zip(call(_op(op), op, args), got, strict=True):
         assert one.stride() == other.stride() and torch.equal(_bits(one), _bits(other)), "the op itself gave other bits or strides"
 
 
-def _call(function: Callable, op: str, args: tuple) -> tuple[Tensor, ...]:
+def call(function: Callable, op: str, args: tuple) -> tuple[Tensor, ...]:
     """What `function` returns, and behind it what it writes in place, for which it gets copies."""
     written = [i for i, argument in enumerate(_op(op)._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
     args = tuple(_copy(arg) if i in written else arg for i, arg in enumerate(args))
@@ -104,7 +104,7 @@ def _check_values(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
     """
 
     def expected(args: tuple) -> tuple[Tensor, ...]:
-        return _call(_function(SUBJECTS[case.op].reference, case.op), case.op, args)
+        return call(_function(SUBJECTS[case.op].reference, case.op), case.op, args)
 
     wide = _mapped(args, Tensor.double)
     want, torchs = expected(wide), expected(_rounded(case.op, args) if case.dtype == "tf32" else args)
@@ -125,11 +125,11 @@ def _slack(case: Case, wide: tuple, want: tuple[Tensor, ...]) -> list[Tensor]:
     if "embedding" in named:  # what the look-ups stand for
         named["x"] = named["residual"] = F.embedding(named["ids"].long(), named["embedding"]).mT
     if "activation" not in named:
-        return [unit * value for value in _call(_function(SUBJECTS[case.op].reference, case.op), case.op, _mapped(wide, Tensor.abs))]
+        return [unit * value for value in call(_function(SUBJECTS[case.op].reference, case.op), case.op, _mapped(wide, Tensor.abs))]
     base = case.op if "conv_state" in named else "causal_conv1d_fused"  # which without an activation gives what is before it
     plain = [{"activation": "none", "residual": None}.get(name, named.get(name)) for name in _names(base)]
-    p, *written = _call(_function(SUBJECTS[base].reference, base), base, tuple(plain))
-    moved = unit * _call(_function(SUBJECTS[base].reference, base), base, _mapped(plain, Tensor.abs))[0]
+    p, *written = call(_function(SUBJECTS[base].reference, base), base, tuple(plain))
+    moved = unit * call(_function(SUBJECTS[base].reference, base), base, _mapped(plain, Tensor.abs))[0]
     halves = 2 if case.activation in GATES else 1
     slack = unit * want[0].abs()
     for signs in itertools.product((1.0, -1.0), repeat=halves):

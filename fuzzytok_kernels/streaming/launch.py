@@ -16,7 +16,7 @@ from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.descriptors import Traits, traits
 from fuzzytok_kernels.kernels.update import embedding_norm_kernel, prepend_kernel, remember_kernel, shift_kernel, update_kernel
 from fuzzytok_kernels.layout import laid_out_as, output_strides
-from fuzzytok_kernels.program import Kernel, cdiv, on
+from fuzzytok_kernels.program import Kernel, cdiv, named, on
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.support import conv_switch, facts
 
@@ -107,11 +107,11 @@ def _update_plan(
     def update(
         x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, positions: Any, slots: Any
     ) -> Tensor:
-        y = compute(x, conv_state, weight, bias, residual, positions, slots, None)
+        y = compute(x, conv_state, weight, bias, residual, positions, slots, None, None)
         write(x, conv_state, positions, slots)
         return y
 
-    return on(x.device, update)
+    return on(x.device, named("causal_conv1d_update", update))
 
 
 @_plans
@@ -148,15 +148,17 @@ def _stack_plan(
         x: Tensor, history: Tensor, positions: Tensor, slots: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor:
         past, h = None, x
+        # Before any state is written: without memory for all of them, the states are as they were.
+        outputs = [x.new_empty_strided((B, C, L), inner.strides) if short else None for _ in weights]
         for i, compute in enumerate(computes):
-            y = compute(h, history, weights[i], biases[i], h, positions, slots, past)
+            y = compute(h, history, weights[i], biases[i], h, positions, slots, past, outputs[i])
             if not short and i < len(writes):
                 writes[i](h, history, positions, slots)
             past, h = h, y
         finish(x if past is None else past, history, positions, slots)
         return laid_out_as(x, x.clone()) if past is None else h
 
-    return on(x.device, update)
+    return on(x.device, named("residual_stack_update", update))
 
 
 @_plans
@@ -173,7 +175,7 @@ def _embedding_plan(ids: Traits, embedding: Traits, weight: Traits, bias: Traits
             kernel(ids, embedding, weight, bias, out, *numbers)
         return out
 
-    return on(ids.device, embed)
+    return on(ids.device, named("embedding_norm", embed))
 
 
 # ---- a layer: y = residual + activation(conv(x behind the state)), the state left as it is
@@ -190,7 +192,7 @@ def _layer(
     precision: str,
     past: tuple[Traits, _State] | None,
 ) -> Callable[..., Tensor]:
-    """`past` is the input of the layer before and its state, which is written along the way."""
+    """`past` is the input of the layer before and its state, which is written along the way. The result writes to `out`, if given."""
     B, _, L = x.shape
     parts = 2 if activation in GATES else 1
     channels = weight.shape[0] // parts
@@ -219,9 +221,9 @@ def _layer(
     numbers = (*sizes, *strides_in, *strides, *past_x.strides)
 
     def compute(
-        x: Tensor, state: Tensor, weight: Tensor, bias: Any, residual: Any, positions: Any, slots: Any, past: Tensor | None
+        x: Tensor, state: Tensor, weight: Tensor, bias: Any, residual: Any, positions: Any, slots: Any, past: Any, out: Tensor | None
     ) -> Tensor:
-        y = x.new_empty_strided((B, channels, L), strides)
+        y = x.new_empty_strided((B, channels, L), strides) if out is None else out
         kernel(x, state, weight, bias, residual, y, positions, slots, past, *numbers)
         return y
 
@@ -238,7 +240,7 @@ def _long(x: Traits, state: _State, dilation: int, activation: str) -> Callable[
     end = state.slots
 
     def compute(
-        x: Tensor, state: Tensor, weight: Tensor, bias: Any, residual: Any, positions: Any, slots: Any, past: Tensor | None
+        x: Tensor, state: Tensor, weight: Tensor, bias: Any, residual: Any, positions: Any, slots: Any, past: None, out: None
     ) -> Tensor:
         known = x.new_empty(B, steps, c_in)
         prepend(x, state, known, positions, slots, *numbers)

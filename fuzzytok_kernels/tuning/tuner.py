@@ -21,7 +21,7 @@ from fuzzytok_kernels.tuning.lookup import user_folder
 from fuzzytok_kernels.tuning.measure import Job
 from fuzzytok_kernels.tuning.space import candidates, default_config
 from fuzzytok_kernels.tuning.store import Entry, merge, path_of, read
-from fuzzytok_kernels.tuning.worker import Worker, WorkerError, pool
+from fuzzytok_kernels.tuning.worker import Worker, WorkerError, cores, pool
 
 MOST, MOST_QUICK = 10, 4  # candidates a problem
 LEAST_GAIN = 0.98  # a winner takes at most this share of the default's time; less is noise
@@ -107,7 +107,7 @@ def compilers(gpu: Gpu, spared: int = 2) -> Iterator[Callable[[Job, Config], Fut
 
     `spared` cores are left alone: unless told, one for a racing process, one for this.
     """
-    with pool("fuzzytok_kernels.tuning.compile:resources", max(1, (os.cpu_count() or 2) - spared)) as submit:
+    with pool("fuzzytok_kernels.tuning.compile:resources", max(1, cores() - spared)) as submit:
         yield lambda job, config: submit(job.problem, config, target_of(gpu), job.T)
 
 

@@ -1,9 +1,11 @@
 """`fuzzytok check --all`: every config that any problem could be given, verified on hostile shapes."""
 
-import os
+import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
 
+import torch
 from tqdm import tqdm
 
 from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
@@ -11,7 +13,7 @@ from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.measure import Job
 from fuzzytok_kernels.tuning.problem import DTYPES, LAYOUTS, describable
 from fuzzytok_kernels.tuning.space import OPS, default_config, fitting
-from fuzzytok_kernels.tuning.worker import WorkerError, pool
+from fuzzytok_kernels.tuning.worker import WorkerError, cores, pool
 
 # B, T, C_in, C_out, K, dilation: no block divides them; T below the history; a dilation of all of T. Each row is compiled once.
 _SHAPES = (
@@ -21,28 +23,42 @@ _SHAPES = (
 
 
 def verify_all(gpu: Gpu) -> int:
-    """Print what is wrong, and how many were verified; 1 if any is wrong, else 0."""
-    verified, too_large, wrong = Counter[str](), 0, []
-    with pool("fuzzytok_kernels.tuning.measure:verify", max(1, (os.cpu_count() or 2) - 2)) as submit:
-        futures = [(jobs, config, submit(0, jobs, config)) for jobs, config in runs(gpu)]
-        for jobs, config, future in tqdm(futures, unit="config"):
+    """Print what is wrong as it is found, and then how many were verified; 1 if any is wrong or was not tried, else 0."""
+    plan = list(runs(gpu))
+    verified, too_large, wrong, left = Counter[str](), 0, 0, len(plan)
+    try:
+        for jobs, config, future in tqdm(_verified(gpu, plan), total=len(plan), unit="config"):
+            left -= 1
             try:
                 errors = future.result()
             except WorkerError as reason:
-                wrong.append(f"FAILED  {reason}: {jobs} with {config}")
+                wrong += 1
+                tqdm.write(f"FAILED  {reason}: {jobs} with {config}")
                 continue
+            too_large += errors.count(None)
             for job, error in zip(jobs, errors, strict=True):
-                if error is None:
-                    too_large += 1
-                elif error <= 1:
+                if error is not None and error <= 1:
                     verified[job.problem.op] += 1
-                else:
-                    wrong.append(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
-    print("\n".join(wrong))
+                elif error is not None:
+                    wrong += 1
+                    tqdm.write(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
+    except KeyboardInterrupt:
+        print(f"stopped; {left:,} of {len(plan):,} configs were left")
     for op, count in verified.items():
         print(f"{count:7,} runs right  {op}, {len(OPS[op].configs)} configs")
-    print(f"{sum(verified.values()):,} runs right on {gpu.name}, {len(wrong)} wrong; {too_large} asked for more than it has")
-    return 1 if wrong else 0
+    print(f"{sum(verified.values()):,} runs right on {gpu.name}, {wrong} wrong; {too_large} asked for more than it has")
+    return 1 if wrong or left else 0
+
+
+def _verified(gpu: Gpu, plan: Sequence[tuple[list[Job], Config]]) -> Iterator[tuple[list[Job], Config, Future]]:
+    """Each of `plan` with its errors, in the order in which they come: a process a core, on all GPUs like `gpu` in turn."""
+    gpus = [device for device in range(torch.cuda.device_count()) if Gpu.current(device) == gpu]
+    processes = -(-cores() // len(gpus))
+    with contextlib.ExitStack() as stack:
+        submit = [stack.enter_context(pool("fuzzytok_kernels.tuning.measure:verify", processes)) for _ in gpus]
+        futures = {submit[i % len(gpus)](gpus[i % len(gpus)], *run): run for i, run in enumerate(plan)}
+        for future in as_completed(futures):
+            yield *futures[future], future
 
 
 def runs(gpu: Gpu) -> Iterator[tuple[list[Job], Config]]:

@@ -76,9 +76,14 @@ class Worker:
         return self._connection
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def pool(function: str, processes: int) -> Iterator[Callable[..., Future]]:
-    """Calls `function` in as many processes at once, each call into a future. What has not begun at the end is cancelled."""
+    """Calls `function` in as many processes at once, each call into a future. What has not ended when the caller leaves is given up."""
     workers: list[Worker] = []
     mine = threading.local()
 
@@ -92,7 +97,7 @@ def pool(function: str, processes: int) -> Iterator[Callable[..., Future]]:
     try:
         yield lambda *args: threads.submit(call, *args)
     finally:
-        threads.shutdown(cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.close()
 
