@@ -13,23 +13,23 @@ from torch import Tensor
 from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.descriptors import Traits, as_it_is, channels_last, traits
 from fuzzytok_kernels.kernels.byte_conv import byte_conv_kernel
-from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, share_kernel, sum_slots_kernel, tap_kernel
+from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, share_kernel, sum_slots_kernel
 from fuzzytok_kernels.kernels.byte_table import embedding_grad_kernel, table_kernel, tap_grad_kernel
 from fuzzytok_kernels.layout import empty_of_bytes, empty_weight
-from fuzzytok_kernels.program import Kernel, cdiv, on
+from fuzzytok_kernels.program import Kernel, cdiv, has_pdl, launched, on
 from fuzzytok_kernels.reference import GATES, check_range
-from fuzzytok_kernels.support import facts
+from fuzzytok_kernels.support import approximates, facts
 
 _plans = functools.lru_cache(maxsize=4096)
 _TILE = 2048  # elements of a tile of the forward: 16 results a thread
+_PAIRS = True
 _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
 _PROGRAMS = {2: 7, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
-_SHARE_PROGRAMS, _LARGE_SHARE_PROGRAMS = 5, 3  # of 96 registers, and of up to 144 for a gate or fp32
 _SHARE = 64  # steps of a share: the least that the tensor cores of Hopper take at once; half of it elsewhere, where 64 spill registers
-_SHARE_CHANNELS, _SHARE_BLOCKS = 16, 4  # of so many channels each: what taps 1 and 2 look up in 64 channels is 131 kB
+_SHARE_CHANNELS = 64
 _SORTED, _COMPARED = 256, 32  # steps that one program sorts, by comparing all with all, 32 at a time
 _SUMMED = (16, 256)  # slots and columns at a time
-_TABLE = (32, 64, 64)  # ids, output channels, input channels of a block of a product
+_TABLE = (32, 64, 256)  # ids, output channels, input channels of a block of a product
 _EMBEDDING_GRAD = (16, 128, 32)  # few ids, so that all multiprocessors have a block
 _TAP_GRAD = (64, 64, 32)
 
@@ -62,20 +62,15 @@ def _forward_plan(
     (B, T), (V, channels), K = ids.shape, embedding.shape, weight.shape[2]
     if B * T == 0:
         return lambda ids, embedding, *others: empty_of_bytes(embedding, ids)
-    block_c = min(_LINE // 2 // embedding.dtype.itemsize, _power_of_two(channels))
-    block_t = min(_TILE // 2 // block_c, _power_of_two(T))
-    wide = _is_wide(ids, K, dilation, channels, embedding, weight)
-    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[embedding.dtype.itemsize])
-    kernel = Kernel(byte_conv_kernel, programs, (wide, K, 2 if activation in GATES else 1, activation, block_t, block_c))
+    look_up = _look_up(ids, embedding, weight, dilation, activation, cu_seqlens, embedding.dtype)
     make_table = _table(embedding, weight, bias, embedding.dtype)
-    numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens))
 
-    def look_up(ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        table, y = make_table(embedding, weight, bias), empty_of_bytes(embedding, ids)
-        kernel(ids, table, cu_seqlens, y, *numbers)
+    def forward(ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        y = empty_of_bytes(embedding, ids)
+        look_up(ids, make_table(embedding, weight, bias), cu_seqlens, None, y)
         return y
 
-    return on(ids.device, look_up)
+    return on(ids.device, forward)
 
 
 @_plans
@@ -92,59 +87,88 @@ def _grad_plan(
         return lambda grad_y, ids, embedding, weight, *others: table_grads(
             embedding.new_zeros((V, width), dtype=torch.float32), embedding, weight
         )
-    sequences, stride_s = (min(dilation, T), *_searches(cu_seqlens)), _stride(cu_seqlens)
-    wide = _is_wide(ids, K, dilation, c_out, embedding, weight, grad_y)
-    make_table, ordered = _table(embedding, weight, bias, torch.float32), _order(ids, V, K, wide, sequences, stride_s)
-    steps, precision = _SHARE if facts(ids.device).descriptors else _SHARE // 2, _precision(ids.device)
-    shares, block_c = cdiv(n_steps, steps), _power_of_two(channels)
-    blocks = min(_SHARE_BLOCKS, cdiv(channels, _SHARE_CHANNELS))
-    small = c_out == channels and embedding.dtype.itemsize == 2
-    most = _SHARE_PROGRAMS if small else _LARGE_SHARE_PROGRAMS
-    programs = _persistent(ids.device, cdiv(channels, blocks * _SHARE_CHANNELS), shares, most)
-    share_constants = (wide, K, c_out // channels, activation, precision, steps, _SHARE_CHANNELS, blocks)
-    share = Kernel(share_kernel, programs, share_constants, num_stages=1)
-    taps = Kernel(tap_kernel, shares * (K - 1), (wide, K, precision, steps, min(64, block_c)))
-    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, *_SUMMED))
-    numbers, (stride_b, stride_c, stride_t) = (n_steps, T, V, channels), grad_y.strides
     read_grad: Callable[[Tensor], Tensor] = as_it_is
-    if stride_c != 1:
-        read_grad, stride_b, stride_t = channels_last(grad_y), T * channels, channels
+    grad_strides = grad_y.strides[0], grad_y.strides[2]
+    if grad_y.strides[1] != 1:
+        read_grad, grad_strides = channels_last(grad_y), (T * channels, channels)
+    strides_of_p = grad_strides if activation == "none" else (T * c_out, c_out)
+    wide = _is_wide(ids, K, dilation, c_out, embedding, weight, grad_y)
+    ordered = _order(ids, V, wide)
+    grad_of_p = _activation_grad(ids, embedding, weight, bias, dilation, activation, cu_seqlens, grad_strides)
+    steps = _SHARE if facts(ids.device).descriptors else _SHARE // 2
+    shares, block_c = cdiv(n_steps, steps), min(_SHARE_CHANNELS, _power_of_two(channels))
+    share = Kernel(share_kernel, shares * (K + 1), (wide, K, _precision(ids.device), steps, block_c))
+    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, *_SUMMED))
+    numbers = (n_steps, T, V, channels, c_out, min(dilation, T), *_searches(cu_seqlens), _stride(cu_seqlens), *strides_of_p, *grad_strides)
 
     def gradients(
         grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        table = make_table(embedding, weight, bias)
-        order, rows, batch, ends, n_blocks = ordered(ids, cu_seqlens)
-        grad_p, partial = embedding.new_empty((n_steps, c_out)), table.new_empty((shares + V + 1, width))
-        share(order, rows, batch, table, read_grad(grad_y), grad_p, partial, *numbers, stride_b, stride_t)
-        if K > 1:
-            taps(order, rows, cu_seqlens, grad_p, partial, *numbers, c_out, *sequences, stride_s)
-        grad_table = table.new_empty((V, width))
+        grad_y = read_grad(grad_y)
+        order, rows, ends, n_blocks = ordered(ids)
+        grad_p = grad_of_p(grad_y, ids, embedding, weight, bias, cu_seqlens)
+        partial = embedding.new_empty((shares + V + 1, width), dtype=torch.float32)
+        share(order, rows, cu_seqlens, grad_p, grad_y, partial, *numbers)
+        grad_table = partial.new_empty((V, width))
         sum_slots(partial, ends, grad_table, n_blocks, width)
         return table_grads(grad_table, embedding, weight)
 
     return on(ids.device, gradients)
 
 
-def _order(
-    ids: Traits, n_ids: int, kernel_size: int, wide: bool, sequences: tuple[int, ...], stride_s: int
-) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor, int]]:
-    """In the order of their ids the steps, the table's rows that each looks up, its row of the batch; and where each id ends in each of
-    how many blocks of steps.
-    """
+def _look_up(
+    ids: Traits, embedding: Traits, weight: Traits, dilation: int, activation: str, cu_seqlens: Traits | None,
+    dtype: torch.dtype, grad_strides: tuple[int, int] | None = None,
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor], None]:  # fmt: skip
+    """The look-ups in a table of `dtype`; with the strides of a batch entry and a step of grad_y, the gradient before the activation."""
+    (B, T), (V, channels), K = ids.shape, embedding.shape, weight.shape[2]
+    block_c = min(_LINE // 2 // dtype.itemsize, _power_of_two(channels))
+    block_t = min(_TILE // 2 // block_c, _power_of_two(T))
+    wide = _is_wide(ids, K, dilation, weight.shape[0], embedding, weight)
+    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize])
+    approximate, pdl = approximates(embedding.dtype, ids.device), has_pdl(ids.device)
+    parts = 2 if activation in GATES else 1
+    constants = (wide, K, parts, activation, grad_strides is not None, approximate, approximate and _PAIRS, pdl, block_t, block_c)
+    kernel = Kernel(byte_conv_kernel, programs, constants, **launched(pdl))
+    numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens), *(grad_strides or (0, 0)))
+    return lambda *tensors: kernel(*tensors, *numbers)
+
+
+def _activation_grad(
+    ids: Traits, embedding: Traits, weight: Traits, bias: Traits | None, dilation: int, activation: str, cu_seqlens: Traits | None,
+    grad_strides: tuple[int, int],
+) -> Callable[..., Tensor]:  # fmt: skip
+    """The gradient [B, T, C_out] before the activation."""
+    if activation == "none":
+        return lambda grad_y, *others: grad_y
+    dtype = torch.float32 if activation == "relu" else embedding.dtype  # rounded, a p near 0 would change its sign
+    make_table = _table(embedding, weight, bias, dtype)
+    look_up = _look_up(ids, embedding, weight, dilation, activation, cu_seqlens, dtype, grad_strides)
+
+    def gradient(
+        grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        grad_p = embedding.new_empty((*ids.shape, weight.shape[0]))
+        look_up(ids, make_table(embedding, weight, bias), cu_seqlens, grad_y, grad_p)
+        return grad_p
+
+    return gradient
+
+
+def _order(ids: Traits, n_ids: int, wide: bool) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, int]]:
+    """The steps in the order of their ids, the table's row of each, and where each id ends in each of how many blocks of steps."""
     B, T = ids.shape
     n_steps, n_blocks, dtype = B * T, cdiv(B * T, _SORTED), torch.int64 if wide else torch.int32
     rank = Kernel(rank_kernel, n_blocks, (wide, _SORTED, _COMPARED), num_warps=8)
-    order_by_id = Kernel(order_kernel, n_blocks, (wide, kernel_size, _SORTED))
+    order_by_id = Kernel(order_kernel, n_blocks, (wide, _SORTED))
     numbers, strides = (n_steps, T, n_ids, n_blocks), ids.strides
 
-    def ordered(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    def ordered(ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         ranks, counts = ids.new_empty(n_steps, dtype=torch.int32), ids.new_zeros((n_ids + 1) * n_blocks, dtype=torch.int32)
         rank(ids, ranks, counts, *numbers, *strides)
-        ends, rows = counts.cumsum(0, dtype=dtype), ranks.new_empty((kernel_size, n_steps))
-        order, batch = (ids.new_empty(n_steps, dtype=dtype) for _ in range(2))
-        order_by_id(ids, ranks, ends, cu_seqlens, order, rows, batch, *numbers, *sequences, *strides, stride_s)
-        return order, rows, batch, ends, n_blocks
+        ends, order, rows = counts.cumsum(0, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype), torch.empty_like(ranks)
+        order_by_id(ids, ranks, ends, order, rows, *numbers, *strides)
+        return order, rows, ends, n_blocks
 
     return ordered
 
@@ -154,7 +178,8 @@ def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.
     (V, channels), (c_out, _, K) = embedding.shape, weight.shape
     block_v, block_o, _ = blocks = _blocks(_TABLE, V + 1, c_out, channels)
     programs = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o))
-    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), *blocks))
+    pdl = has_pdl(embedding.device)
+    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), pdl, *blocks), **launched(pdl))
     numbers = V, channels, c_out, *embedding.strides, *weight.strides, _stride(bias)
 
     def make(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

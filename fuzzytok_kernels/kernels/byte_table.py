@@ -10,6 +10,7 @@ its sign before ReLU, which PyTorch's never does.
 import triton
 import triton.language as tl
 
+from fuzzytok_kernels.kernels.byte_conv import wait
 from fuzzytok_kernels.kernels.dot import dot
 from fuzzytok_kernels.profile import fixed_name
 
@@ -17,12 +18,14 @@ from fuzzytok_kernels.profile import fixed_name
 @triton.jit(repr=fixed_name("byte_causal_conv1d_table"))
 def table_kernel(
     embedding, weight, bias, table, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk, stride_bias,
-    K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table.
 
     A program makes one block of one tap, or copies one of the embedding.
     """
+    wait(PDL)
     n_o = tl.cdiv(c_out, BLOCK_O)
     n_columns = K * n_o + tl.cdiv(channels, BLOCK_O)
     pid = tl.program_id(0)
