@@ -27,6 +27,8 @@ _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels
 _PROGRAMS = {2: 7, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
 _SHARE = 64  # steps of a share: the least that the tensor cores of Hopper take at once; half of it elsewhere, where 64 spill registers
 _SHARE_CHANNELS = 64
+_SHARE_OPTIONS = {}
+_CHUNK = 16_384
 _SORTED, _COMPARED = 256, 32  # steps that one program sorts, by comparing all with all, 32 at a time
 _SUMMED = (16, 256)  # slots and columns at a time
 _TABLE = (32, 64, 256)  # ids, output channels, input channels of a block of a product
@@ -93,24 +95,24 @@ def _grad_plan(
         read_grad, grad_strides = channels_last(grad_y), (T * channels, channels)
     strides_of_p = grad_strides if activation == "none" else (T * c_out, c_out)
     wide = _is_wide(ids, K, dilation, c_out, embedding, weight, grad_y)
-    ordered = _order(ids, V, wide)
+    ordered, chunk, chunks = _order(ids, V, wide)
     grad_of_p = _activation_grad(ids, embedding, weight, bias, dilation, activation, cu_seqlens, grad_strides)
-    steps = _SHARE if facts(ids.device).descriptors else _SHARE // 2
+    steps, pdl = _SHARE if facts(ids.device).descriptors else _SHARE // 2, has_pdl(ids.device)
     shares, block_c = cdiv(n_steps, steps), min(_SHARE_CHANNELS, _power_of_two(channels))
-    share = Kernel(share_kernel, shares * (K + 1), (wide, K, _precision(ids.device), steps, block_c))
-    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, *_SUMMED))
+    share = Kernel(share_kernel, shares * (K + 1), (wide, K, _precision(ids.device), pdl, steps, block_c), **launched(pdl), **_SHARE_OPTIONS)
+    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, pdl, *_SUMMED), **launched(pdl))
     numbers = (n_steps, T, V, channels, c_out, min(dilation, T), *_searches(cu_seqlens), _stride(cu_seqlens), *strides_of_p, *grad_strides)
 
     def gradients(
         grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_y = read_grad(grad_y)
-        order, rows, ends, n_blocks = ordered(ids)
+        order, keys, ends = ordered(ids)
         grad_p = grad_of_p(grad_y, ids, embedding, weight, bias, cu_seqlens)
-        partial = embedding.new_empty((shares + V + 1, width), dtype=torch.float32)
-        share(order, rows, cu_seqlens, grad_p, grad_y, partial, *numbers)
+        partial = embedding.new_empty((shares + chunks * (V + 1), width), dtype=torch.float32)
+        share(order, keys, cu_seqlens, grad_p, grad_y, partial, *numbers)
         grad_table = partial.new_empty((V, width))
-        sum_slots(partial, ends, grad_table, n_blocks, width)
+        sum_slots(partial, ends, grad_table, V, chunks, chunk, width)
         return table_grads(grad_table, embedding, weight)
 
     return on(ids.device, gradients)
@@ -155,22 +157,26 @@ def _activation_grad(
     return gradient
 
 
-def _order(ids: Traits, n_ids: int, wide: bool) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, int]]:
-    """The steps in the order of their ids, the table's row of each, and where each id ends in each of how many blocks of steps."""
+def _order(ids: Traits, n_ids: int, wide: bool) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], int, int]:
+    """What sorts the steps by chunk and id: the steps in this order, the key of each, and where each key ends in each block of steps; then how
+    many blocks a chunk has, and how many chunks there are.
+    """
     B, T = ids.shape
     n_steps, n_blocks, dtype = B * T, cdiv(B * T, _SORTED), torch.int64 if wide else torch.int32
-    rank = Kernel(rank_kernel, n_blocks, (wide, _SORTED, _COMPARED), num_warps=8)
-    order_by_id = Kernel(order_kernel, n_blocks, (wide, _SORTED))
-    numbers, strides = (n_steps, T, n_ids, n_blocks), ids.strides
+    chunk, pdl = min(n_blocks, _CHUNK // _SORTED), has_pdl(ids.device)
+    chunks = cdiv(n_blocks, chunk)
+    rank = Kernel(rank_kernel, n_blocks, (wide, pdl, _SORTED, _COMPARED), num_warps=8, **launched(pdl))
+    order_by_key = Kernel(order_kernel, n_blocks, (wide, pdl, _SORTED), **launched(pdl))
+    numbers = (n_steps, T, n_ids, chunk, *ids.strides)
 
-    def ordered(ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        ranks, counts = ids.new_empty(n_steps, dtype=torch.int32), ids.new_zeros((n_ids + 1) * n_blocks, dtype=torch.int32)
-        rank(ids, ranks, counts, *numbers, *strides)
-        ends, order, rows = counts.cumsum(0, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype), torch.empty_like(ranks)
-        order_by_id(ids, ranks, ends, order, rows, *numbers, *strides)
-        return order, rows, ends, n_blocks
+    def ordered(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ranks, counts = ids.new_empty(n_steps, dtype=torch.int32), ids.new_zeros((n_ids + 1) * chunks * chunk, dtype=torch.int32)
+        rank(ids, ranks, counts, *numbers)
+        ends, order, keys = counts.cumsum(0, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype)
+        order_by_key(ids, ranks, ends, order, keys, *numbers)
+        return order, keys, ends
 
-    return ordered
+    return ordered, chunk, chunks
 
 
 def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -193,10 +199,11 @@ def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.
 def _table_grads(embedding: Traits, weight: Traits, precision: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """The gradients of embedding, weight and bias from that of the table."""
     (V, channels), (c_out, _, K) = embedding.shape, weight.shape
+    pdl = has_pdl(embedding.device)
     block_v, _, block_i = blocks = _blocks(_EMBEDDING_GRAD, V, c_out, channels)
-    of_embedding = Kernel(embedding_grad_kernel, cdiv(V, block_v) * cdiv(channels, block_i), (K, precision, *blocks))
+    of_embedding = Kernel(embedding_grad_kernel, cdiv(V, block_v) * cdiv(channels, block_i), (K, precision, pdl, *blocks), **launched(pdl))
     _, block_o, block_i = blocks = _blocks(_TAP_GRAD, V, c_out, channels)
-    of_taps = Kernel(tap_grad_kernel, K * cdiv(c_out, block_o) * cdiv(channels, block_i), (K, precision, *blocks))
+    of_taps = Kernel(tap_grad_kernel, K * cdiv(c_out, block_o) * cdiv(channels, block_i), (K, precision, pdl, *blocks), **launched(pdl))
     sizes, strides, weight_strides = (V, channels, c_out), embedding.strides, weight.strides
 
     def gradients(grad_table: Tensor, embedding: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +249,7 @@ def _is_wide(ids: Traits, kernel_size: int, dilation: int, c_out: int, embedding
     n_steps, reach = B * T, kernel_size * min(dilation, T)
     width = kernel_size * weight.shape[0] + channels
     spans = (sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True)) for x in (ids, *others))
-    slots = n_steps // (_SHARE // 2) + V + 2
+    slots = n_steps // (_SHARE // 2) + cdiv(n_steps, _CHUNK) * (V + 1) + 1
     return max(n_steps * max(c_out, kernel_size) + (reach + _TILE) * c_out, slots * width, *spans) >= 2**31
 
 
