@@ -23,6 +23,7 @@ from fuzzytok_kernels.support import approximates, facts
 _plans = functools.lru_cache(maxsize=4096)
 _TILE = 2048  # elements of a tile of the forward: 16 results a thread
 _PAIRS = True
+_STORE, _READ = "", ""
 _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
 _PROGRAMS = {2: 7, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
 _SHARE = 64  # steps of a share: the least that the tensor cores of Hopper take at once; half of it elsewhere, where 64 spill registers
@@ -130,7 +131,7 @@ def _look_up(
     programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize])
     approximate, pdl = approximates(embedding.dtype, ids.device), has_pdl(ids.device)
     parts = 2 if activation in GATES else 1
-    constants = (wide, K, parts, activation, grad_strides is not None, approximate, approximate and _PAIRS, pdl, block_t, block_c)
+    constants = (wide, K, parts, activation, grad_strides is not None, approximate, approximate and _PAIRS, pdl, _STORE, _READ, block_t, block_c)
     kernel = Kernel(byte_conv_kernel, programs, constants, **launched(pdl))
     numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens), *(grad_strides or (0, 0)))
     return lambda *tensors: kernel(*tensors, *numbers)

@@ -23,7 +23,7 @@ def byte_conv_kernel(
     ids, table, cu_seqlens, grad_y, y,
     B, T, n_ids, channels, dilation, n_sequences, n_searches, stride_ib, stride_it, stride_s, stride_gb, stride_gt,
     WIDE: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GRAD: tl.constexpr, APPROXIMATE: tl.constexpr,
-    PAIRS: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PAIRS: tl.constexpr, PDL: tl.constexpr, STORE: tl.constexpr, READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """ids (B, T), table [V + 1, K * C_out + C], cu_seqlens or None -> y contiguous [B, T, C]; and, of grad_y [B, T, C] (GRAD), in place of y
     the gradient [B, T, C_out] before the activation.
@@ -52,7 +52,11 @@ def byte_conv_kernel(
             if PARTS == 2:
                 by = _pre_activation(columns + half + channels, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS, PAIRS)
             if GRAD:
-                grad = tl.load((grad_y + half + c)[None, :] + (b * stride_gb + step * stride_gt)[:, None], mask=mask, other=0.0)
+                at = (grad_y + half + c)[None, :] + (b * stride_gb + step * stride_gt)[:, None]
+                if READ == "first":
+                    grad = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+                else:
+                    grad = tl.load(at, mask=mask, other=0.0, cache_modifier=READ)
                 grad = grad.to(tl.float32)
                 if PARTS == 2:
                     value, right = gate_grads(p, by, grad, ACTIVATION)
@@ -65,7 +69,7 @@ def byte_conv_kernel(
                     value = e + gate(p, by, ACTIVATION, APPROXIMATE)
                 else:
                     value = e + activate(p, ACTIVATION, APPROXIMATE)
-            tl.store(to, value.to(y.dtype.element_ty), mask=mask)
+            tl.store(to, value.to(y.dtype.element_ty), mask=mask, cache_modifier=STORE)
         block += blocks_on  # a division for each tile took 25 of 430 instructions
         carry = (block >= n_t).to(tl.int32)
         block -= carry * n_t
