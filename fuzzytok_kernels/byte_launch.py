@@ -166,12 +166,12 @@ def _order(ids: Traits, n_ids: int, wide: bool) -> tuple[Callable[[Tensor], tupl
     n_steps, n_blocks, dtype = B * T, cdiv(B * T, _SORTED), torch.int64 if wide else torch.int32
     chunk, pdl = min(n_blocks, _CHUNK // _SORTED), has_pdl(ids.device)
     chunks = cdiv(n_blocks, chunk)
-    rank = Kernel(rank_kernel, n_blocks, (wide, pdl, _SORTED, _COMPARED), num_warps=8, **launched(pdl))
+    rank = Kernel(rank_kernel, chunks * chunk, (wide, pdl, _SORTED, _COMPARED), num_warps=8, **launched(pdl))
     order_by_key = Kernel(order_kernel, n_blocks, (wide, pdl, _SORTED), **launched(pdl))
     numbers = (n_steps, T, n_ids, chunk, *ids.strides)
 
     def ordered(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ranks, counts = ids.new_empty(n_steps, dtype=torch.int32), ids.new_zeros((n_ids + 1) * chunks * chunk, dtype=torch.int32)
+        ranks, counts = (ids.new_empty(n, dtype=torch.int32) for n in (n_steps, (n_ids + 1) * chunks * chunk))
         rank(ids, ranks, counts, *numbers)
         ends, order, keys = counts.cumsum(0, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype)
         order_by_key(ids, ranks, ends, order, keys, *numbers)

@@ -22,7 +22,7 @@ def rank_kernel(
     ids, ranks, counts, n_steps, T, n_ids, chunk, stride_ib, stride_it,
     WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """ranks [B*T]: how many earlier steps of its block have the same id; counts [V + 1, n_blocks], zero before: how many steps there are.
+    """ranks [B*T]: how many earlier steps of its block have the same id; counts [chunks, V + 1, chunk]: how many steps there are.
 
     Row V counts the ids that have no row in the table.
     """
@@ -39,7 +39,12 @@ def rank_kernel(
     found = tl.sum(found, axis=1)  # earlier ones, and BLOCK times later ones
     inside = n < n_steps
     tl.store(ranks + n, found % BLOCK, mask=inside)
-    tl.store(counts + _key(v, block, n_ids, chunk) * chunk + block % chunk, found + 1, mask=inside & (found < BLOCK))
+    column = counts + block % chunk
+    for start in range(0, n_ids + 1, BLOCK):
+        row = start + at
+        tl.store(column + _key(row, block, n_ids, chunk) * chunk, tl.zeros([BLOCK], tl.int32), mask=row <= n_ids)
+    tl.debug_barrier()  # the same program's stores, by other threads
+    tl.store(column + _key(v, block, n_ids, chunk) * chunk, found + 1, mask=inside & (found < BLOCK))
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_ids"], repr=fixed_name("byte_causal_conv1d_order"))
