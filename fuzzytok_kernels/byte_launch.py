@@ -32,7 +32,7 @@ _SHARE_OPTIONS = {}
 _CHUNK = 16_384
 _SORTED, _COMPARED = 256, 32  # steps that one program sorts, by comparing all with all, 32 at a time
 _SUMMED = (16, 256)  # slots and columns at a time
-_TABLE = (32, 64, 256)  # ids, output channels, input channels of a block of a product
+_TABLE = (32, 64, 256)  # ids, output channels, and input channels in 16 bits, all at once: it waits for memory once
 _EMBEDDING_GRAD = (16, 128, 32)  # few ids, so that all multiprocessors have a block
 _TAP_GRAD = (64, 64, 32)
 
@@ -183,10 +183,11 @@ def _order(ids: Traits, n_ids: int, wide: bool) -> tuple[Callable[[Tensor], tupl
 def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Makes the table [V + 1, K * C_out + C], with a line's elements behind it, see `kernels/byte_conv.looked_up`."""
     (V, channels), (c_out, _, K) = embedding.shape, weight.shape
-    block_v, block_o, _ = blocks = _blocks(_TABLE, V + 1, c_out, channels)
+    most = (*_TABLE[:2], 2 * _TABLE[2] // embedding.dtype.itemsize)
+    block_v, block_o, _ = blocks = _blocks(most, V + 1, c_out, channels)
     programs = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o))
     pdl = has_pdl(embedding.device)
-    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), pdl, *blocks), **launched(pdl))
+    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), pdl, *blocks), num_stages=2, **launched(pdl))
     numbers = V, channels, c_out, *embedding.strides, *weight.strides, _stride(bias)
 
     def make(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
