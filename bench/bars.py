@@ -79,7 +79,7 @@ def _small(run: Run) -> list[Bar]:
 
 
 def _dtypes(run: Run) -> list[Bar]:
-    halves = _each(_PAIR, GRID, lambda op, shape: _ratio(run.time("fp16", op, "ours", shape), run.time("main", op, "ours", shape)))
+    halves = _each(_PAIR, GRID, lambda op, shape: _ratio(run.time("fp16", op, "ours", shape), run.beside("fp16", op, shape)))
 
     def speedups(dtype: str) -> dict[str, float | None]:
         return _each(_PAIR, FP32_SHAPES, lambda op, shape: _ratio(*(run.time(dtype, op, rival, shape) for rival in ("conv1d_pad", "ours"))))
@@ -103,7 +103,7 @@ def _host(run: Run) -> list[Bar]:
 
 def _dilation(run: Run) -> list[Bar]:
     shapes = [Shape(32, 2048, 256, 256, 3, d) for d in DILATIONS]
-    times = _each(_PAIR, shapes, lambda op, shape: _ratio(*(run.time("dilation", op, "ours", each) for each in (shape, shapes[0]))))
+    times = _each(_PAIR, shapes, lambda op, shape: _ratio(run.time("dilation", op, "ours", shape), run.beside("dilation", op, shape)))
     return [_worst("d from 1 to 512 / d = 1", times, "<=", 1.05)]
 
 

@@ -125,6 +125,15 @@ def _host_cases(shapes: tuple[Shape, ...], dtype: str = "bf16") -> Iterator[Case
                 yield Case("host", op, rival, shape, dtype=dtype)
 
 
+def companion(case: Case) -> Case | None:
+    """The row of ours that a bar holds `case` against; timed in turns with it, since rows apart had clocks apart: 16 % by 300 rows."""
+    if case.section == "fp16":
+        return case._replace(section="main", dtype="bf16")
+    if case.section == "dilation" and case.shape.d > DILATIONS[0]:
+        return case._replace(shape=case.shape._replace(d=DILATIONS[0]))
+    return None
+
+
 def _rivals(op: str, shape: Shape) -> Iterator[str]:
     yield "ours"
     if op != "forward_backward":

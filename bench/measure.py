@@ -153,6 +153,10 @@ class Round:
     def __call__(self) -> None:
         self.milliseconds.append(timer.replay(self.graph) if self.graph else self._loop())
 
+    def microseconds(self) -> float:
+        """The median of a call."""
+        return statistics.median(self.milliseconds) * 1e3 / len(self.calls)
+
     def _loop(self) -> float:
         begin = time.perf_counter()
         for call in self.calls:
@@ -193,8 +197,8 @@ def switches(case: Case) -> Iterator[None]:
             conv_switch.fp32_precision = precision
 
 
-def extra_info(case: Case, microseconds: float, ceilings: Ceilings | None) -> dict[str, Any]:
-    """What a row says of itself."""
+def extra_info(case: Case, microseconds: float, ceilings: Ceilings | None, beside: float | None = None) -> dict[str, Any]:
+    """What a row says of itself; `beside` are the microseconds of its companion."""
     work, moved = flops(case.op, case.shape), least_bytes(case.op, case.shape, ELEMENT_SIZES[case.dtype])
     floor = max(work / ceilings.flops, moved / ceilings.bandwidth) * 1e6 if ceilings and case.dtype in ("bf16", "fp16") else None
     return {
@@ -205,6 +209,7 @@ def extra_info(case: Case, microseconds: float, ceilings: Ceilings | None) -> di
         "dtype": case.dtype,
         "layout": case.layout,
         "microseconds": microseconds,
+        "beside": beside,
         "tokens_per_s": case.shape.tokens / microseconds * 1e6,
         "tflops": work / microseconds / 1e6,
         "gb_per_s": moved / microseconds / 1e3,

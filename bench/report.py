@@ -38,7 +38,9 @@ outputs. Every row was first compared with the reference in fp64. A rival holds 
 its own order of taps; ours takes the weight as `CausalConv1d` keeps it. What a call needs beyond that, for ours the packing too, is inside
 its time. GB/s count each input read once and each output written once; the roofline is the larger of that over the copy's bandwidth and
 the operations over the product's rate. F.conv1d and conv2d run with PyTorch's default switches, those marked cudnn.benchmark with cuDNN's
-own search. torch.compile runs in mode max-autotune-no-cudagraphs, since the timer captures every rival in a graph."""
+own search. Rows in fp16 and of each dilation were replayed in turns with the row that a bar holds them against, so that both ran at one
+clock; by itself fp16, whose random data draw more power, may run at a lower one. torch.compile runs in mode
+max-autotune-no-cudagraphs, since the timer captures every rival in a graph."""
 
 
 def write(path: Path) -> str:
@@ -146,7 +148,7 @@ def _pair(run: Run, section: str, title: str, body: Callable[..., str]) -> Itera
 def _beside_bf16(run: Run, section: str, op: str, shapes: Sequence[Shape]) -> str:
     lines = []
     for shape in shapes:
-        half, bf16 = (run.time(name, op, "ours", shape) for name in (section, "main"))
+        half, bf16 = run.time(section, op, "ours", shape), run.beside(section, op, shape)
         lines.append((str(shape), _microseconds(half), _microseconds(bf16), f"{half / bf16:.3f}" if half and bf16 else ""))
     return table(("shape", "us", "bf16's us", "ratio"), lines)
 

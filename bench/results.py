@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.grid import Case, Shape, cases
+from bench.grid import Case, Shape, cases, companion
 from fuzzytok_kernels.tuning.gpu import Gpu
 
 FOLDER = Path(__file__).parent / "results"
@@ -28,6 +28,7 @@ class Row(NamedTuple):
     gb_per_s: float
     roofline_share: float | None
     error: float
+    beside: float | None = None  # microseconds of the row that it was timed in turns with
 
 
 class Run:
@@ -61,6 +62,14 @@ class Run:
         row = self.get(section, op, rival, shape)
         return row.microseconds if row else None
 
+    def beside(self, section: str, op: str, shape: Shape) -> float | None:
+        """The microseconds of the row of ours that this one is held against: timed in turns with it, or else by itself."""
+        row = self.get(section, op, "ours", shape)
+        other = companion(row.case) if row else None
+        if row is None or other is None:
+            return row and row.microseconds
+        return row.beside or self.time(other.section, op, "ours", other.shape)
+
     def best(self, section: str, op: str, rivals: Iterable[str], shape: Shape) -> float | None:
         """The least time of `rivals`; None if none was measured."""
         times = (self.time(section, op, rival, shape) for rival in rivals)
@@ -73,4 +82,4 @@ class Run:
 
 def _row(info: dict[str, Any]) -> Row:
     case = Case(info["section"], info["op"], info["rival"], Shape.parse(info["shape"]), info["dtype"], info["layout"])
-    return Row(case, *(info[name] for name in Row._fields[1:]))
+    return Row(case, *(info[name] for name in Row._fields[1:-1]))._replace(beside=info.get("beside"))

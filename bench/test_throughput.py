@@ -1,13 +1,12 @@
 """The rows. Each is checked against the reference in fp64 before it is timed; a wrong one fails and has no time."""
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from bench.grid import Case, cases
+from bench.grid import Case, cases, companion
 from bench.measure import BUDGET_MS, DEVICE, Calls, Data, Round, extra_info, host_medians, switches
 from bench.roofline import ceilings
 from fuzzytok_kernels.tuning import timer
@@ -29,11 +28,11 @@ def test_throughput(case: Case, benchmark: Any, drawn: Callable[[Case], Data]) -
         one_round()
         error = calls.error()
         rounds = timer.rounds(one_round.milliseconds.pop(), BUDGET_MS)
-        benchmark.pedantic(one_round, rounds=rounds)
-    microseconds = statistics.median(one_round.milliseconds) * 1e3 / len(calls.all)
-    benchmark.extra_info.update(
-        extra_info(case, microseconds, limits), calls=len(calls.all), copies=len(calls.copies), error=error, configs=configs, **_MACHINE
-    )
+        other = companion(case)
+        in_turn = Round(Calls(other, Data(other, len(calls.copies))).all) if other else None
+        benchmark.pedantic(one_round, setup=in_turn, rounds=rounds)
+    info = extra_info(case, one_round.microseconds(), limits, in_turn.microseconds() if in_turn else None)
+    benchmark.extra_info.update(info, calls=len(calls.all), copies=len(calls.copies), error=error, configs=configs, **_MACHINE)
 
 
 @pytest.mark.parametrize("case", _HOST, ids=str)

@@ -13,23 +13,26 @@ from torch import Tensor
 from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.descriptors import Traits, as_it_is, channels_last, traits
 from fuzzytok_kernels.kernels.byte_conv import byte_conv_kernel
-from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, share_kernel, sum_slots_kernel, tap_kernel
+from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, share_kernel, sum_slots_kernel
 from fuzzytok_kernels.kernels.byte_table import embedding_grad_kernel, table_kernel, tap_grad_kernel
 from fuzzytok_kernels.layout import empty_of_bytes, empty_weight
-from fuzzytok_kernels.program import Kernel, cdiv, named, on
+from fuzzytok_kernels.program import Kernel, cdiv, has_pdl, launched, named, on
 from fuzzytok_kernels.reference import GATES, check_range
-from fuzzytok_kernels.support import facts
+from fuzzytok_kernels.support import approximates, facts
 
 _plans = functools.lru_cache(maxsize=4096)
 _TILE = 2048  # elements of a tile of the forward: 16 results a thread
+_PAIRS = True
+_STORE, _READ = "", ""
 _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
 _PROGRAMS = {2: 7, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
-_SHARE_PROGRAMS, _LARGE_SHARE_PROGRAMS = 5, 3  # of 96 registers, and of up to 144 for a gate or fp32
 _SHARE = 64  # steps of a share: the least that the tensor cores of Hopper take at once; half of it elsewhere, where 64 spill registers
-_SHARE_CHANNELS, _SHARE_BLOCKS = 16, 4  # of so many channels each: what taps 1 and 2 look up in 64 channels is 131 kB
+_SHARE_CHANNELS = 64
+_SHARE_OPTIONS = {}
+_CHUNK = 16_384
 _SORTED, _COMPARED = 256, 32  # steps that one program sorts, by comparing all with all, 32 at a time
 _SUMMED = (16, 256)  # slots and columns at a time
-_TABLE = (32, 64, 64)  # ids, output channels, input channels of a block of a product
+_TABLE = (32, 64, 256)  # ids, output channels, and input channels in 16 bits, all at once: it waits for memory once
 _EMBEDDING_GRAD = (16, 128, 32)  # few ids, so that all multiprocessors have a block
 _TAP_GRAD = (64, 64, 32)
 
@@ -62,20 +65,15 @@ def _forward_plan(
     (B, T), (V, channels), K = ids.shape, embedding.shape, weight.shape[2]
     if B * T == 0:
         return lambda ids, embedding, *others: empty_of_bytes(embedding, ids)
-    block_c = min(_LINE // 2 // embedding.dtype.itemsize, _power_of_two(channels))
-    block_t = min(_TILE // 2 // block_c, _power_of_two(T))
-    wide = _is_wide(ids, K, dilation, channels, embedding, weight)
-    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[embedding.dtype.itemsize])
-    kernel = Kernel(byte_conv_kernel, programs, (wide, K, 2 if activation in GATES else 1, activation, block_t, block_c))
+    look_up = _look_up(ids, embedding, weight, dilation, activation, cu_seqlens, embedding.dtype)
     make_table = _table(embedding, weight, bias, embedding.dtype)
-    numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens))
 
-    def look_up(ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        table, y = make_table(embedding, weight, bias), empty_of_bytes(embedding, ids)
-        kernel(ids, table, cu_seqlens, y, *numbers)
+    def forward(ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        y = empty_of_bytes(embedding, ids)
+        look_up(ids, make_table(embedding, weight, bias), cu_seqlens, None, y)
         return y
 
-    return on(ids.device, named("byte_causal_conv1d", look_up))
+    return on(ids.device, named("byte_causal_conv1d", forward))
 
 
 @_plans
@@ -92,69 +90,104 @@ def _grad_plan(
         return lambda grad_y, ids, embedding, weight, *others: table_grads(
             embedding.new_zeros((V, width), dtype=torch.float32), embedding, weight
         )
-    sequences, stride_s = (min(dilation, T), *_searches(cu_seqlens)), _stride(cu_seqlens)
-    wide = _is_wide(ids, K, dilation, c_out, embedding, weight, grad_y)
-    make_table, ordered = _table(embedding, weight, bias, torch.float32), _order(ids, V, K, wide, sequences, stride_s)
-    steps, precision = _SHARE if facts(ids.device).descriptors else _SHARE // 2, _precision(ids.device)
-    shares, block_c = cdiv(n_steps, steps), _power_of_two(channels)
-    blocks = min(_SHARE_BLOCKS, cdiv(channels, _SHARE_CHANNELS))
-    small = c_out == channels and embedding.dtype.itemsize == 2
-    most = _SHARE_PROGRAMS if small else _LARGE_SHARE_PROGRAMS
-    programs = _persistent(ids.device, cdiv(channels, blocks * _SHARE_CHANNELS), shares, most)
-    share_constants = (wide, K, c_out // channels, activation, precision, steps, _SHARE_CHANNELS, blocks)
-    share = Kernel(share_kernel, programs, share_constants, num_stages=1)
-    taps = Kernel(tap_kernel, shares * (K - 1), (wide, K, precision, steps, min(64, block_c)))
-    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, *_SUMMED))
-    numbers, (stride_b, stride_c, stride_t) = (n_steps, T, V, channels), grad_y.strides
     read_grad: Callable[[Tensor], Tensor] = as_it_is
-    if stride_c != 1:
-        read_grad, stride_b, stride_t = channels_last(grad_y), T * channels, channels
+    grad_strides = grad_y.strides[0], grad_y.strides[2]
+    if grad_y.strides[1] != 1:
+        read_grad, grad_strides = channels_last(grad_y), (T * channels, channels)
+    strides_of_p = grad_strides if activation == "none" else (T * c_out, c_out)
+    wide = _is_wide(ids, K, dilation, c_out, embedding, weight, grad_y)
+    ordered, chunk, chunks = _order(ids, V, wide)
+    grad_of_p = _activation_grad(ids, embedding, weight, bias, dilation, activation, cu_seqlens, grad_strides)
+    steps, pdl = _SHARE if facts(ids.device).descriptors else _SHARE // 2, has_pdl(ids.device)
+    shares, block_c = cdiv(n_steps, steps), min(_SHARE_CHANNELS, _power_of_two(channels))
+    share = Kernel(share_kernel, shares * (K + 1), (wide, K, _precision(ids.device), pdl, steps, block_c), **launched(pdl), **_SHARE_OPTIONS)
+    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, pdl, *_SUMMED), **launched(pdl))
+    numbers = (n_steps, T, V, channels, c_out, min(dilation, T), *_searches(cu_seqlens), _stride(cu_seqlens), *strides_of_p, *grad_strides)
 
     def gradients(
         grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        table = make_table(embedding, weight, bias)
-        order, rows, batch, ends, n_blocks = ordered(ids, cu_seqlens)
-        grad_p, partial = embedding.new_empty((n_steps, c_out)), table.new_empty((shares + V + 1, width))
-        share(order, rows, batch, table, read_grad(grad_y), grad_p, partial, *numbers, stride_b, stride_t)
-        if K > 1:
-            taps(order, rows, cu_seqlens, grad_p, partial, *numbers, c_out, *sequences, stride_s)
-        grad_table = table.new_empty((V, width))
-        sum_slots(partial, ends, grad_table, n_blocks, width)
+        grad_y = read_grad(grad_y)
+        order, keys, ends = ordered(ids)
+        grad_p = grad_of_p(grad_y, ids, embedding, weight, bias, cu_seqlens)
+        partial = embedding.new_empty((shares + chunks * (V + 1), width), dtype=torch.float32)
+        share(order, keys, cu_seqlens, grad_p, grad_y, partial, *numbers)
+        grad_table = partial.new_empty((V, width))
+        sum_slots(partial, ends, grad_table, V, chunks, chunk, width)
         return table_grads(grad_table, embedding, weight)
 
     return on(ids.device, named("byte_causal_conv1d_grad", gradients))
 
 
-def _order(
-    ids: Traits, n_ids: int, kernel_size: int, wide: bool, sequences: tuple[int, ...], stride_s: int
-) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor, int]]:
-    """In the order of their ids the steps, the table's rows that each looks up, its row of the batch; and where each id ends in each of
-    how many blocks of steps.
+def _look_up(
+    ids: Traits, embedding: Traits, weight: Traits, dilation: int, activation: str, cu_seqlens: Traits | None,
+    dtype: torch.dtype, grad_strides: tuple[int, int] | None = None,
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor], None]:  # fmt: skip
+    """The look-ups in a table of `dtype`; with the strides of a batch entry and a step of grad_y, the gradient before the activation."""
+    (B, T), (V, channels), K = ids.shape, embedding.shape, weight.shape[2]
+    block_c = min(_LINE // 2 // dtype.itemsize, _power_of_two(channels))
+    block_t = min(_TILE // 2 // block_c, _power_of_two(T))
+    wide = _is_wide(ids, K, dilation, weight.shape[0], embedding, weight)
+    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize])
+    approximate, pdl = approximates(embedding.dtype, ids.device), has_pdl(ids.device)
+    parts = 2 if activation in GATES else 1
+    constants = (wide, K, parts, activation, grad_strides is not None, approximate, approximate and _PAIRS, pdl, _STORE, _READ, block_t, block_c)
+    kernel = Kernel(byte_conv_kernel, programs, constants, **launched(pdl))
+    numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens), *(grad_strides or (0, 0)))
+    return lambda *tensors: kernel(*tensors, *numbers)
+
+
+def _activation_grad(
+    ids: Traits, embedding: Traits, weight: Traits, bias: Traits | None, dilation: int, activation: str, cu_seqlens: Traits | None,
+    grad_strides: tuple[int, int],
+) -> Callable[..., Tensor]:  # fmt: skip
+    """The gradient [B, T, C_out] before the activation."""
+    if activation == "none":
+        return lambda grad_y, *others: grad_y
+    dtype = torch.float32 if activation == "relu" else embedding.dtype  # rounded, a p near 0 would change its sign
+    make_table = _table(embedding, weight, bias, dtype)
+    look_up = _look_up(ids, embedding, weight, dilation, activation, cu_seqlens, dtype, grad_strides)
+
+    def gradient(
+        grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        grad_p = embedding.new_empty((*ids.shape, weight.shape[0]))
+        look_up(ids, make_table(embedding, weight, bias), cu_seqlens, grad_y, grad_p)
+        return grad_p
+
+    return gradient
+
+
+def _order(ids: Traits, n_ids: int, wide: bool) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], int, int]:
+    """What sorts the steps by chunk and id: the steps in this order, the key of each, and where each key ends in each block of steps; then how
+    many blocks a chunk has, and how many chunks there are.
     """
     B, T = ids.shape
     n_steps, n_blocks, dtype = B * T, cdiv(B * T, _SORTED), torch.int64 if wide else torch.int32
-    rank = Kernel(rank_kernel, n_blocks, (wide, _SORTED, _COMPARED), num_warps=8)
-    order_by_id = Kernel(order_kernel, n_blocks, (wide, kernel_size, _SORTED))
-    numbers, strides = (n_steps, T, n_ids, n_blocks), ids.strides
+    chunk, pdl = min(n_blocks, _CHUNK // _SORTED), has_pdl(ids.device)
+    chunks = cdiv(n_blocks, chunk)
+    rank = Kernel(rank_kernel, chunks * chunk, (wide, pdl, _SORTED, _COMPARED), num_warps=8, **launched(pdl))
+    order_by_key = Kernel(order_kernel, n_blocks, (wide, pdl, _SORTED), **launched(pdl))
+    numbers = (n_steps, T, n_ids, chunk, *ids.strides)
 
-    def ordered(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        ranks, counts = ids.new_empty(n_steps, dtype=torch.int32), ids.new_zeros((n_ids + 1) * n_blocks, dtype=torch.int32)
-        rank(ids, ranks, counts, *numbers, *strides)
-        ends, rows = counts.cumsum(0, dtype=dtype), ranks.new_empty((kernel_size, n_steps))
-        order, batch = (ids.new_empty(n_steps, dtype=dtype) for _ in range(2))
-        order_by_id(ids, ranks, ends, cu_seqlens, order, rows, batch, *numbers, *sequences, *strides, stride_s)
-        return order, rows, batch, ends, n_blocks
+    def ordered(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ranks, counts = (ids.new_empty(n, dtype=torch.int32) for n in (n_steps, (n_ids + 1) * chunks * chunk))
+        rank(ids, ranks, counts, *numbers)
+        ends, order, keys = counts.cumsum(0, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype)
+        order_by_key(ids, ranks, ends, order, keys, *numbers)
+        return order, keys, ends
 
-    return ordered
+    return ordered, chunk, chunks
 
 
 def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Makes the table [V + 1, K * C_out + C], with a line's elements behind it, see `kernels/byte_conv.looked_up`."""
     (V, channels), (c_out, _, K) = embedding.shape, weight.shape
-    block_v, block_o, _ = blocks = _blocks(_TABLE, V + 1, c_out, channels)
+    most = (*_TABLE[:2], 2 * _TABLE[2] // embedding.dtype.itemsize)
+    block_v, block_o, _ = blocks = _blocks(most, V + 1, c_out, channels)
     programs = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o))
-    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), *blocks))
+    pdl = has_pdl(embedding.device)
+    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), pdl, *blocks), num_stages=2, **launched(pdl))
     numbers = V, channels, c_out, *embedding.strides, *weight.strides, _stride(bias)
 
     def make(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,10 +201,11 @@ def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.
 def _table_grads(embedding: Traits, weight: Traits, precision: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """The gradients of embedding, weight and bias from that of the table."""
     (V, channels), (c_out, _, K) = embedding.shape, weight.shape
+    pdl = has_pdl(embedding.device)
     block_v, _, block_i = blocks = _blocks(_EMBEDDING_GRAD, V, c_out, channels)
-    of_embedding = Kernel(embedding_grad_kernel, cdiv(V, block_v) * cdiv(channels, block_i), (K, precision, *blocks))
+    of_embedding = Kernel(embedding_grad_kernel, cdiv(V, block_v) * cdiv(channels, block_i), (K, precision, pdl, *blocks), **launched(pdl))
     _, block_o, block_i = blocks = _blocks(_TAP_GRAD, V, c_out, channels)
-    of_taps = Kernel(tap_grad_kernel, K * cdiv(c_out, block_o) * cdiv(channels, block_i), (K, precision, *blocks))
+    of_taps = Kernel(tap_grad_kernel, K * cdiv(c_out, block_o) * cdiv(channels, block_i), (K, precision, pdl, *blocks), **launched(pdl))
     sizes, strides, weight_strides = (V, channels, c_out), embedding.strides, weight.strides
 
     def gradients(grad_table: Tensor, embedding: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +251,7 @@ def _is_wide(ids: Traits, kernel_size: int, dilation: int, c_out: int, embedding
     n_steps, reach = B * T, kernel_size * min(dilation, T)
     width = kernel_size * weight.shape[0] + channels
     spans = (sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True)) for x in (ids, *others))
-    slots = n_steps // (_SHARE // 2) + V + 2
+    slots = n_steps // (_SHARE // 2) + cdiv(n_steps, _CHUNK) * (V + 1) + 1
     return max(n_steps * max(c_out, kernel_size) + (reach + _TILE) * c_out, slots * width, *spans) >= 2**31
 
 

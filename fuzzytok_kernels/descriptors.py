@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fuzzytok_kernels.kernels.sequences import row_length
-from fuzzytok_kernels.kernels.transpose import channels_last_kernel
+from fuzzytok_kernels.kernels.transpose import channels_last_kernel, rounded_taps_kernel
 from fuzzytok_kernels.program import Kernel, cdiv
 
 _MOST = 2**31 - 2**16  # sides and bounds: any that a coordinate can be
@@ -96,21 +96,34 @@ def rows_or_columns(x: Traits, block_t: int, block_c: int, packed: bool) -> tupl
     return rows(x, block_t, block_c, packed), True
 
 
-def taps(weight: Traits, axes: tuple, parts: int, block_in: int, block_out: int) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
+def taps(
+    weight: Traits, axes: tuple, parts: int, block_in: int, block_out: int, rounded: bool
+) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
     """Makes the descriptor of a weight that `axes` turn into (K, C_out, C_in): [K, parts, C_out/parts, C_in], or [K, C_in, C_out].
 
-    The second for a weight that lies so, and of one part; says whether it is the first. A weight that lies in neither way is copied.
+    The second for a weight that lies so, and of one part; says whether it is the first. A weight that lies in neither way is copied, and
+    so is one that is to be `rounded` to TF32: what a kernel rounds in registers has to go through shared memory once more.
     """
     K, c_out, c_in = (weight.shape[axis] for axis in axes)
     stride_k, stride_out, stride_in = (weight.strides[axis] for axis in axes)
     shape, block = [K, parts, c_out // parts, c_in], [1, parts, block_out // parts, block_in]
+    describe_copy = descriptor(shape, [c_out * c_in, c_out // parts * c_in, c_in, 1], block)
+    if rounded:
+        tile = 32
+        round_taps = Kernel(rounded_taps_kernel, K * cdiv(c_out, tile) * cdiv(c_in, tile), (tile, tile))
+
+        def copied_and_rounded(weight: Tensor) -> TensorDescriptor:
+            taps = weight.new_empty((K, c_out, c_in))
+            round_taps(weight, taps, c_out, c_in, stride_k, stride_out, stride_in)
+            return describe_copy(taps)
+
+        return copied_and_rounded, True
     if _describable(weight, stride_k, stride_out, stride_in):
         return descriptor(shape, [stride_k, c_out // parts * stride_out, stride_out, 1], block), True
     # The tensor cores take 32-bit operands only with the summed axis last.
     if parts == 1 and weight.dtype.itemsize == 2 and _describable(weight, stride_k, stride_in, stride_out):
         return descriptor([K, c_in, c_out], [stride_k, stride_in, 1], [1, block_in, block_out]), False
-    describe = descriptor(shape, [c_out * c_in, c_out // parts * c_in, c_in, 1], block)
-    return lambda weight: describe(weight.permute(axes).clone(memory_format=torch.contiguous_format)), True
+    return lambda weight: describe_copy(weight.permute(axes).clone(memory_format=torch.contiguous_format)), True
 
 
 def as_it_is(x: Any) -> Any:

@@ -22,6 +22,11 @@ def conv_name(path: str) -> Callable[[Any], str]:
     return name
 
 
+def byte_name(specialization: Any) -> str:
+    """Of the look-ups' kernel."""
+    return "byte_causal_conv1d_activation_grad" if specialization.constants["GRAD"] else "byte_causal_conv1d"
+
+
 def fixed_name(name: str) -> Callable[[Any], str]:
     """Of a kernel that does one thing."""
     return lambda specialization: name

@@ -9,6 +9,7 @@ from modes import DEVICE, HALF, ON_CUDA, needs_cuda, not_interpreted
 
 from bench.grid import Shape
 from bench.measure import CALLS, Call, WrongResultError
+from bench.model import __main__ as command
 from bench.model import bars, blocks, forms, report, sections, sizes, steps, turns
 from bench.model.__main__ import chosen, main
 from bench.model.forms import FORMS, Form
@@ -232,6 +233,19 @@ def test_report(tmp_path):
     tables = [table.splitlines() for table in text.split("\n\n") if table.startswith("|")]
     assert len(tables) == 7
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+def test_what_is_measured_is_written_as_it_comes(tmp_path, monkeypatch):
+    def model():
+        rows = {name: copy.deepcopy(row) for name, row in good()["model"]["32x2048"].items() if name in ("ours", "conv1d")}
+        yield {"32x2048": rows}
+        assert json.loads((tmp_path / "model.json").read_text())["sections"]["model"] == {"32x2048": rows}
+        raise RuntimeError("out of time")
+
+    monkeypatch.setattr(command, "MEASURES", {"model": model})
+    monkeypatch.setattr(command, "compile_kernels", lambda sections: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended GPU")
+    assert "| F.conv1d + F.pad |" in command.measure(["model"], tmp_path)
 
 
 @pytest.mark.skipif(ON_CUDA, reason="there is a GPU")

@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date
+from pathlib import Path
 
 import torch
 
@@ -24,11 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = parser.parse_args(arguments).only
     if not torch.cuda.is_available():
         raise SystemExit("bench.model: speed and memory are measured on a GPU, and there is none")
+    folder = FOLDER / slug()
     try:
-        figures = measure(sections)
+        print(measure(sections, folder))
     except WrongResultError as error:
+        for name in ("model.json", "model.md"):
+            (folder / name).unlink(missing_ok=True)
         raise SystemExit(f"bench.model: no speeds, since a result is wrong: {error}") from error
-    print(report.write(figures, FOLDER / slug()))
 
 
 def chosen(text: str) -> list[str]:
@@ -39,19 +43,27 @@ def chosen(text: str) -> list[str]:
     return [name for name in MEASURES if name in names]
 
 
-def measure(sections: Sequence[str]) -> Figures:
-    """The figures of `sections`, with what they depend on."""
+def measure(sections: Sequence[str], folder: Path) -> str:
+    """Measure `sections` and write into `folder` what is known as soon as it is, so that a run cut short leaves figures. The report."""
     seconds: dict[str, float] = {}
     figures: dict[str, Figures] = {}
+    facts = {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "versions": versions()}
+
+    def keep(name: str) -> None:
+        for part in MEASURES[name]():
+            figures[name] = part
+            report.write({**facts, "seconds": seconds, "sections": figures}, folder)
+
     with _clock("compiling", seconds):
         compile_kernels(sections)
     with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is written
         for name in sections:
             with _clock(name, seconds):
-                figures[name] = attempted(MEASURES[name])
+                failed = attempted(functools.partial(keep, name))
+                if failed and name not in figures:
+                    figures[name] = failed
                 free()
-    facts = {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "versions": versions()}
-    return {**facts, "seconds": seconds, "sections": figures}
+    return report.write({**facts, "seconds": seconds, "sections": figures}, folder)
 
 
 @contextlib.contextmanager

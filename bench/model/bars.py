@@ -28,7 +28,7 @@ def _backward(rows: Figures) -> Iterator[Bar]:
 
 
 def _model(figures: Figures) -> Iterator[Bar]:
-    large, small = (figures[f"{B}x{T}"] for B, T in BATCHES)
+    large, small = (figures.get(f"{B}x{T}", {}) for B, T in BATCHES)
     rivals: Sequence[str]
     for figure, how in (("graph_ms", "CUDA graph against CUDA graph"), ("eager_ms", "launched against launched")):
         for rivals, which, limit in ((COMPILED, "the best compiled", 1.8), (EAGER_CONV1D, "eager F.conv1d", 5.0)):

@@ -54,16 +54,18 @@ def rule() -> Figures:
     return figures
 
 
-def model() -> Figures:
-    """Speed and memory of a training step of each form, by batch; at the paper's, for the memory, without the searched one."""
+def model() -> Iterator[Figures]:
+    """Speed and memory of a training step of each form, by batch; at the paper's, for the memory, without the searched one. All so far."""
     torch.manual_seed(0)
     ours = Model(BLOCK.c_in, 2 * len(DILATIONS)).to(DEVICE)
     figures: Figures = {}
     for (B, T), forms in zip(BATCHES, (FORMS, UNSEARCHED), strict=True):
         batch = Batch.draw(B, T)
         wanted = first_results(FORMS["ours"], ours, batch)
-        figures[f"{B}x{T}"] = {name: measured(form, ours, batch, wanted) for name, form in forms.items()}
-    return figures
+        rows = figures[f"{B}x{T}"] = {}
+        for name, form in forms.items():
+            rows[name] = measured(form, ours, batch, wanted)
+            yield figures
 
 
 def depth() -> Figures:
@@ -106,13 +108,20 @@ def saved_tensors(block: nn.Module, x: Tensor) -> int:
     return len(storages) if y.requires_grad else 0
 
 
-MEASURES: dict[str, Callable[[], Figures]] = {
-    "block": block,
-    "backward": backward,
-    "saved": saved,
-    "rule": rule,
-    "depth": depth,
+def _whole(section: Callable[[], Figures]) -> Callable[[], Iterator[Figures]]:
+    def parts() -> Iterator[Figures]:
+        yield section()
+
+    return parts
+
+
+MEASURES: dict[str, Callable[[], Iterator[Figures]]] = {
+    "block": _whole(block),
+    "saved": _whole(saved),
     "model": model,
+    "backward": _whole(backward),
+    "rule": _whole(rule),
+    "depth": _whole(depth),
 }
 
 

@@ -10,6 +10,7 @@ its sign before ReLU, which PyTorch's never does.
 import triton
 import triton.language as tl
 
+from fuzzytok_kernels.kernels.byte_conv import wait
 from fuzzytok_kernels.kernels.dot import dot
 from fuzzytok_kernels.profile import fixed_name
 
@@ -17,12 +18,14 @@ from fuzzytok_kernels.profile import fixed_name
 @triton.jit(repr=fixed_name("byte_causal_conv1d_table"))
 def table_kernel(
     embedding, weight, bias, table, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk, stride_bias,
-    K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table.
 
     A program makes one block of one tap, or copies one of the embedding.
     """
+    wait(PDL)
     n_o = tl.cdiv(c_out, BLOCK_O)
     n_columns = K * n_o + tl.cdiv(channels, BLOCK_O)
     pid = tl.program_id(0)
@@ -58,9 +61,11 @@ def table_kernel(
 @triton.jit(repr=fixed_name("byte_causal_conv1d_embedding_grad"))
 def embedding_grad_kernel(
     grad_table, weight, grad_embedding, n_ids, channels, c_out, stride_wo, stride_wi, stride_wk,
-    K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """grad_table [V, K * C_out + C], weight (C_out, C_in, K) -> grad_embedding contiguous [V, C_in]."""
+    wait(PDL)
     n_i = tl.cdiv(channels, BLOCK_I)
     v = tl.program_id(0) // n_i * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
     i = tl.program_id(0) % n_i * BLOCK_I + tl.arange(0, BLOCK_I).to(tl.int64)
@@ -83,12 +88,14 @@ def embedding_grad_kernel(
 @triton.jit(repr=fixed_name("byte_causal_conv1d_weight_grad"))
 def tap_grad_kernel(
     grad_table, embedding, grad_weight, grad_bias, n_ids, channels, c_out, stride_ev, stride_ec,
-    K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """grad_table [V, K * C_out + C], embedding (V, C_in) -> grad_weight contiguous [K, C_out, C_in] and grad_bias [C_out].
 
     The bias reaches each step once, and so does tap 0: its gradient is the sum of tap 0's over the ids.
     """
+    wait(PDL)
     n_o, n_i = tl.cdiv(c_out, BLOCK_O), tl.cdiv(channels, BLOCK_I)
     pid = tl.program_id(0)
     block_i, k = pid % n_i, pid // n_i // n_o

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
-from fuzzytok_kernels.kernels.dot import dot
+from fuzzytok_kernels.kernels.dot import dot, dot_rounded
 from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, moved, place, row_length, sequence_of
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
@@ -24,8 +24,8 @@ from fuzzytok_kernels.profile import conv_metadata, conv_name
 def conv_tma_kernel(
     x, weight, bias, extra, y, y_memory, state, cu_seqlens, B, T, c_in, c_out, shift, stride_bias,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt, n_sequences, stride_sn, stride_sc, stride_st,
-    K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
-    IN_LAST: tl.constexpr, Y_DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
+    EXTRA: tl.constexpr, PRECISION: tl.constexpr, IN_LAST: tl.constexpr, Y_DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
     """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, PARTS, C_out/PARTS, C_in] (IN_LAST) or [K, C_in, C_out].
@@ -64,7 +64,7 @@ def conv_tma_kernel(
             _finish(
                 acc, bias, extra, y, y_memory, side, b, t, c, length, channels, stride_bias,
                 stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
-                PARTS, HAS_BIAS, ACTIVATION, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
+                PARTS, HAS_BIAS, ACTIVATION, APPROXIMATE, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
             )  # fmt: skip
     # By the program that has no more tiles than another; behind them, for 128 bytes of local memory were taken where it stood before.
     if cu_seqlens is not None and tl.program_id(0) == tl.num_programs(0) - 1:
@@ -91,7 +91,7 @@ def _add_taps(
             tap = weight.load([k, 0, c, ci]).reshape(BLOCK_C_OUT, BLOCK_C_IN).T  # [C_in, C_out]
         else:
             tap = weight.load([k, ci, c]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
-        acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
+        acc = dot_rounded(rows, tap, acc, PRECISION)  # [T, C_out]
     return acc
 
 
@@ -100,8 +100,8 @@ def conv_pointer_kernel(
     x, weight, bias, extra, y, state, cu_seqlens, T, c_in, c_out, shift, stride_bias,
     stride_xb, stride_xc, stride_xt, stride_wk, stride_wo, stride_wi,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt, n_sequences, stride_sn, stride_sc, stride_st,
-    K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
+    EXTRA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
     """One output tile a program, any strides and any alignment; offsets are 64-bit, one grid axis counts all tiles.
 
@@ -135,7 +135,7 @@ def conv_pointer_kernel(
         _finish(
             acc, bias, extra, y, None, None, b, first_t, first_c, T, channels, stride_bias,
             stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
-            PARTS, HAS_BIAS, ACTIVATION, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
+            PARTS, HAS_BIAS, ACTIVATION, APPROXIMATE, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
         )  # fmt: skip
 
 
@@ -188,8 +188,8 @@ def _past(state, n, source, ci, c_in, shift, stride_sn, stride_sc, stride_st, K:
 def _finish(
     acc, bias, extra, y, y_memory, side, b, t, c, T, channels, stride_bias,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr, DESCRIBED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, EXTRA: tl.constexpr,
+    DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
     """Bias, activation or its gradient, residual, and the store of a tile, from its channel c and step t on.
 
@@ -205,15 +205,15 @@ def _finish(
     if PARTS == 1:
         if EXTRA != "none":
             more = _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
-            left = _with_extra(left, more, ACTIVATION, EXTRA)
+            left = _with_extra(left, more, ACTIVATION, APPROXIMATE, EXTRA)
         else:
-            left = activate(left, ACTIVATION)
+            left = activate(left, ACTIVATION, APPROXIMATE)
         _write(left, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
         if EXTRA != "none":
             more = _read(extra, side, b, t, right_c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
-            right = _with_extra(right, more, ACTIVATION, EXTRA)
+            right = _with_extra(right, more, ACTIVATION, APPROXIMATE, EXTRA)
         else:
-            right = activate(right, ACTIVATION)
+            right = activate(right, ACTIVATION, APPROXIMATE)
         _write(right, y, y_memory, side, b, t, 0, right_c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     elif EXTRA == "grad_y":
         grad = _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
@@ -221,18 +221,18 @@ def _finish(
         _write(left, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
         _write(right, y, y_memory, side, b, t, 1, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     else:
-        out = gate(left, right, ACTIVATION)
+        out = gate(left, right, ACTIVATION, APPROXIMATE)
         if EXTRA == "residual":
             out += _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
         _write(out, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
 
 
 @triton.jit
-def _with_extra(p, extra, ACTIVATION: tl.constexpr, EXTRA: tl.constexpr):
+def _with_extra(p, extra, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, EXTRA: tl.constexpr):
     if EXTRA == "residual":
-        return activate(p, ACTIVATION) + extra
+        return activate(p, ACTIVATION, APPROXIMATE) + extra
     else:
-        return derivative(p, ACTIVATION) * extra
+        return derivative(p, ACTIVATION, APPROXIMATE) * extra
 
 
 @triton.jit

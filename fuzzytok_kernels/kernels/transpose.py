@@ -1,8 +1,9 @@
-"""The one copy that the descriptor path may need: any (B, C, T) tensor to channels-last."""
+"""The copies that the descriptor path may need: any (B, C, T) tensor to channels-last, and a weight in TF32."""
 
 import triton
 import triton.language as tl
 
+from fuzzytok_kernels.kernels.dot import nearest_tf32
 from fuzzytok_kernels.profile import fixed_name, moved_metadata
 
 
@@ -17,3 +18,18 @@ def channels_last_kernel(x, out, T, channels, stride_b, stride_c, stride_t, BLOC
     mask = (c < channels)[:, None] & (t < T)[None, :]
     values = tl.load(x + b * stride_b + c[:, None] * stride_c + t[None, :] * stride_t, mask=mask)  # [C, T]
     tl.store(out + (b * T + t[:, None]) * channels + c[None, :], values.T, mask=mask.T)
+
+
+@triton.jit(repr=fixed_name("causal_conv1d_rounded_taps"), launch_metadata=moved_metadata)
+def rounded_taps_kernel(
+    weight, out, c_out, c_in, stride_k, stride_out, stride_in, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
+):  # fmt: skip
+    """weight [K, C_out, C_in] of any strides -> out, contiguous, rounded to the nearest TF32; as above."""
+    n_in, n_out = tl.cdiv(c_in, BLOCK_IN), tl.cdiv(c_out, BLOCK_OUT)
+    tile = tl.program_id(0)
+    c = tile % n_in * BLOCK_IN + tl.arange(0, BLOCK_IN).to(tl.int64)
+    o = tile // n_in % n_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT).to(tl.int64)
+    k = (tile // n_in // n_out).to(tl.int64)
+    mask = (o < c_out)[:, None] & (c < c_in)[None, :]
+    values = tl.load(weight + k * stride_k + o[:, None] * stride_out + c[None, :] * stride_in, mask=mask)
+    tl.store(out + (k * c_out + o[:, None]) * c_in + c[None, :], nearest_tf32(values), mask=mask)

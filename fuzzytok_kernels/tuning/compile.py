@@ -48,9 +48,8 @@ def resources_of(call: Callable[[], object], target: GPUTarget) -> Resources:
     pretended = _Pretended(target)
     driver.set_active(pretended)
     before_each_load(pretended.keep_assembly)
-    support.cpu_facts = support.Facts(
-        multiprocessors=128, descriptors=target.backend == "cuda" and target.arch >= 90, tf32=target.backend == "cuda"
-    )
+    nvidia = target.backend == "cuda"
+    support.cpu_facts = support.Facts(multiprocessors=128, descriptors=nvidia and target.arch >= 90, tf32=nvidia, tanh=nvidia)
     call()
     return Resources(*(max(values) for values in zip(*pretended.compiled, strict=True)))
 
