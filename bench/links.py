@@ -5,7 +5,6 @@ message goes to and fro, so that each waits for the one before.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bench.sequence_parallel import begin, groups, leave, microseconds
+from bench.sequence_parallel import begin, groups, leave, microseconds, write
 
 SIZES = (42, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 23, 1 << 26, 1 << 28)  # bytes; of a collective, of all ranks together
 IN_A_GRAPH, ROUNDS = 20, 5
@@ -32,10 +31,7 @@ def main() -> None:
         for name, call in _calls(mesh).items():
             for size in SIZES:
                 us = _timed(partial(call, torch.zeros(-(-size // (4 * ranks)) * ranks, device=device)), device)
-                if dist.get_rank() == 0:
-                    print(f"{ranks} GPUs, {name}, {size:,} bytes: {us:.1f} us", flush=True)
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"ranks": ranks, "name": name, "bytes": size, "us": us}) + "\n")
+                write({"ranks": ranks, "name": name, "bytes": size, "us": us}, options.out)
     leave()
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import triton
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -29,9 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.hidden import Exchanged, after_the_first
 from bench.measure import checked
+from bench.results import slug
 from fuzzytok_kernels import CausalConv1d
 from fuzzytok_kernels.distributed import TimeParallel, average_gradients, history_bytes
 from fuzzytok_kernels.nn import ByteLM, bits_per_byte
+from fuzzytok_kernels.tuning.gpu import Gpu
 
 STACK, CONVOLUTIONS = "one a stack", "one a convolution"
 PLANS = {STACK: lambda: TimeParallel(), CONVOLUTIONS: lambda: {"tokenizer.blocks.*.conv": TimeParallel()}}
@@ -74,13 +77,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to add a line of JSON to for each measurement")
     options = parser.parse_args()
     device = begin()
+    write(machine(), options.out)
     for row in rows(options.steps, options.dim, options.forms, device):
-        if dist.get_rank() == 0:
-            print(row, flush=True)
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row._asdict()) + "\n")
+        write(row._asdict(), options.out)
     leave()
+
+
+def write(found: dict[str, Any], path: Path | None) -> None:
+    """On the first rank: print what was found, and add it to the file."""
+    if dist.get_rank() == 0:
+        print(found, flush=True)
+        if path:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+def machine() -> dict[str, str]:
+    gpu = Gpu.current(0)
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu else ""
+    found = {"gpu": gpu.name if gpu else "CPU", "slug": slug(), "torch": torch.__version__, "triton": triton.__version__, "nccl": nccl}
+    return found | {"date": time.strftime("%Y-%m-%d")}
 
 
 def begin() -> torch.device:
@@ -96,7 +112,7 @@ def begin() -> torch.device:
 
 
 def leave() -> None:
-    """Ends this process once all ranks are done. NCCL waits for ever for graphs that it was captured in, wherever something still holds one."""
+    """Ends this process once all ranks are done, without NCCL's own end, which waited for ever where messages had been captured."""
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)
