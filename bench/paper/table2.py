@@ -13,13 +13,19 @@ from bench.paper.sharing import work_off
 Found = dict[str, list[Outcome]]  # by corpus
 
 
-def work(folder: Path, corpora: Sequence[str], settings: Settings, place: Place, stored: dict[str, Any]) -> Found:
-    """The runs on these corpora, worked off as far as the time goes; `stored` is an earlier table."""
+def found_of(
+    folder: Path, corpora: Sequence[str], settings: Settings, place: Place, rates: dict[str, float], stored: dict[str, Any]
+) -> Found:
+    """The runs on these corpora, with what is known of them; `stored` is an earlier table."""
     found = {}
     for name in corpora:
-        found[name] = outcomes(Bundle.load(path_of(folder, name)), settings, place, stored.get(name, {}).get("runs", {}))
-    work_off(_jobs(found))
+        found[name] = outcomes(Bundle.load(path_of(folder, name)), settings, place, rates, stored.get(name, {}).get("runs", {}))
     return found
+
+
+def work(found: Found) -> None:
+    """Work them off as far as the time goes."""
+    work_off(_jobs(found))
 
 
 def collected(found: Found, stored: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -63,4 +69,4 @@ def _ranked(some: Sequence[Outcome]) -> Iterator[tuple[int, Outcome]]:
 def _costed(found: Found) -> list[Outcome]:
     """One of each model, on the first corpus, where there is a GPU."""
     some = next(iter(found.values()))
-    return [each for each in some if each.place.device.type == "cuda" and each.run.seed == some[0].run.seed]
+    return [each for each in some if each.place.device.type == "cuda" and each.first]
