@@ -162,7 +162,7 @@ class _Layer(nn.Module):
 
 def _rotations(length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine, (T, HEAD_DIM / 2) each, of the angle of each position and pair."""
-    rates = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2, device=like.device) / HEAD_DIM)
+    rates = (torch.arange(0, HEAD_DIM, 2, device=like.device) * (-math.log(10000.0) / HEAD_DIM)).exp()
     angles = torch.arange(length, device=like.device)[:, None] * rates
     return angles.cos(), angles.sin()
 

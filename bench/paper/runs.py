@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from bench.paper.train import OutOfTimeError, Training
 
 _EVALUATIONS = {"training", "test", "robustness", "causality", "radical"}
 _COMPILE_SECONDS = 60.0
+_BY_STEP_TIME = ("lstm", "transformer", "conv", "conv1d")
 
 
 class Place(NamedTuple):
@@ -158,6 +159,11 @@ class Outcome:
         unfinished = self.folder / "result.unfinished"
         unfinished.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(self.folder / "result.json")
+
+
+def longest_first(some: Iterable[Outcome]) -> list[Outcome]:
+    """So that processes that share them end together."""
+    return sorted(some, key=lambda each: _BY_STEP_TIME.index(each.run.size.kind))
 
 
 def outcomes(bundle: Bundle, settings: Settings, place: Place, rates: dict[str, float], earlier: dict[str, Any]) -> list[Outcome]:

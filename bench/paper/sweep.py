@@ -6,7 +6,7 @@ from typing import Any
 from bench.paper.bundle import Bundle
 from bench.paper.config import ModelConfig, Settings, model_names, resolve
 from bench.paper.prepare import path_of
-from bench.paper.runs import Outcome, Place
+from bench.paper.runs import Outcome, Place, longest_first
 from bench.paper.sharing import work_off
 from bench.report import table
 
@@ -21,7 +21,7 @@ def work(folder: Path, corpus: str, settings: Settings, place: Place) -> list[Ou
     models = filter(lambda model: model.trained, map(ModelConfig.load, model_names()))
     varied = [model._replace(name=f"{model.name}-rate-x{factor:g}", rate=model.rate * factor) for model in models for factor in FACTORS]
     found = [Outcome(resolve(model, bundle, short, settings.seeds[corpus][0]), bundle, place, {}) for model in varied]
-    work_off((each, each.train) for each in found)
+    work_off((each, each.train) for each in longest_first(found))
     return found
 
 

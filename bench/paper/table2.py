@@ -7,7 +7,7 @@ from typing import Any
 from bench.paper.bundle import Bundle
 from bench.paper.config import Settings
 from bench.paper.prepare import path_of
-from bench.paper.runs import Outcome, Place, outcomes
+from bench.paper.runs import Outcome, Place, longest_first, outcomes
 from bench.paper.sharing import work_off
 
 Found = dict[str, list[Outcome]]  # by corpus
@@ -60,9 +60,9 @@ def _jobs(found: Found) -> Iterator[tuple[Outcome, Callable[[], object]]]:
 
 
 def _ranked(some: Sequence[Outcome]) -> Iterator[tuple[int, Outcome]]:
-    """Each with the number of its seed; the LSTMs, which take longest, before the others."""
+    """Each with the number of its seed."""
     seeds = list(dict.fromkeys(each.run.seed for each in some))
-    for each in sorted(some, key=lambda each: each.run.size.kind != "lstm"):
+    for each in longest_first(some):
         yield seeds.index(each.run.seed), each
 
 
