@@ -1,6 +1,7 @@
 """The tables and the report of `bench.paper` on small sizes: what they count, say and write. No times are asserted."""
 
 import json
+import math
 import time
 
 import pytest
@@ -188,6 +189,7 @@ def test_table2_trains_at_the_rates_that_the_sweep_found(tmp_path, monkeypatch):
     assert {rate for rate, _ in figures["FuzzyTok, RF 29"]} == {0.001, 0.002, 0.004}
     assert min(bits for _, bits in figures["FuzzyTok, RF 29"]) == dict(figures["FuzzyTok, RF 29"])[best]
     assert sweep.best({"FuzzyTok, RF 29": figures["FuzzyTok, RF 29"][:2]}) == {}  # not fair to the others
+    assert sweep.best({"diverged": [[0.5, math.nan], [1.0, 2.0], [2.0, 3.0]]}) == {"diverged": 1.0}
     main(["table2", *options])
     stored = json.loads((tmp_path / "results/table2.json").read_text(encoding="utf-8"))["figures"]["smoke"]["runs"]
     assert [run["run"]["model"]["rate"] for run in stored.values()] == [best]

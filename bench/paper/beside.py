@@ -9,7 +9,6 @@ from bench.paper.config import REFERENCE
 from bench.paper.models import parameter_counts
 from bench.paper.table2_text import Model, models
 
-
 _MEMORY_RIVALS = ("bpe4096-conv", "bpe4096-transformer")  # of the two claims
 
 

@@ -39,8 +39,8 @@ DEFECTS = (
     (
         "radical ratio 1.1186 for FuzzyTok and for the LSTM; 1.0917 and 1.0524",
         "radical",
-        "One figure for two models, in bold for the one that is not the paper's. The raw ratio ranks a bag of bytes, which has learnt"
-        " nothing; see the centred gap and the AUC below.",
+        "One figure for two models, in bold for the one that is not the paper's. The raw ratio says little: a bag of bytes, which learns"
+        " nothing, has one too. See the centred gap and the AUC below.",
     ),
     ("causality 'N/A' for the Transformer and the LSTM", "causality", "They can be tested as any model can."),
     (

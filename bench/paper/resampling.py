@@ -24,7 +24,7 @@ class Ranks:
         self.below, self.up_to = (np.searchsorted(other[self.order], same, side=side) for side in ("left", "right"))
 
     def auc(self, same_weights: np.ndarray, other_weights: np.ndarray) -> float:
-        """The weighted share of pairs (one of `same`, one of `other`) where the first is larger; a tie is half a pair. nan without pairs."""
+        """The weighted share of pairs (one of `same`, one of `other`) where the first is larger; a tie is half; nan without pairs."""
         before = np.concatenate([[0.0], np.cumsum(other_weights[self.order])])
         total = same_weights.sum() * before[-1]
         return float(same_weights @ (before[self.below] + before[self.up_to]) / 2 / total) if total else float("nan")

@@ -1,5 +1,7 @@
 """Learning rates: each model at its config's rate, half of it and twice, on a quarter of the bytes; Table 2 takes the best of each."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,20 @@ def collected(found: list[Outcome]) -> tuple[dict[str, Any], str | None]:
 
 def best(figures: dict[str, Any]) -> dict[str, float]:
     """By label: the best rate, of the models that were trained at every one."""
-    return {label: min(found, key=lambda pair: pair[1])[0] for label, found in figures.items() if len(found) == len(FACTORS)}
+    return {label: min(found, key=_bits)[0] for label, found in figures.items() if len(found) == len(FACTORS)}
+
+
+def _bits(pair: Sequence[float]) -> float:
+    """Of a run that diverged, none is worse."""
+    return math.inf if math.isnan(pair[1]) else pair[1]
 
 
 def text(figures: dict[str, Any]) -> str:
     """The table in markdown, the best of each model in bold."""
     lines = []
     for label, found in figures.items():
-        least = min(bits for _, bits in found)
-        by_rate = {rate: f"**{bits:.4f}**" if bits == least else f"{bits:.4f}" for rate, bits in found}
+        least, _ = min(found, key=_bits)
+        by_rate = {rate: f"**{bits:.4f}**" if rate == least else f"{bits:.4f}" for rate, bits in found}
         lines.append((label, ", ".join(f"{rate:g}: {bits}" for rate, bits in sorted(by_rate.items()))))
     title = (
         "## Learning rates\n\nBits per byte of the validation part after a quarter of the training bytes, one seed of the first corpus, at"

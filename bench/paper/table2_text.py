@@ -47,6 +47,11 @@ class Model(NamedTuple):
         return statistics.mean(self.values(*path))
 
     @property
+    def rate(self) -> float:
+        """The highest of training."""
+        return self.runs[0]["run"]["model"]["rate"]
+
+    @property
     def flops_per_byte(self) -> float:
         """Of a forward pass."""
         return self.size.flops(self.runs[0]["run"]["length"]) / self.bytes_per_id
@@ -122,7 +127,7 @@ def _quality(facts: dict[str, Any], found: dict[str, Model]) -> str:
             cells = [f"{mean:.4f}" + ("" if sd is None else f" ± {sd:.4f}"), f"{mean * math.log(2):.4f}", f"{2**mean:.3f}"]
             field = model.size.receptive_field
             reach = "no limit" if field is None else f"{field * model.bytes_per_id:.0f}"
-            cells += [f"{model.runs[0]['run']['model']['rate']:g}", f"{total:,}", f"{inner:,}", f"{model.flops_per_byte / 1e6:.2f} M", reach]
+            cells += [f"{model.rate:g}", f"{total:,}", f"{inner:,}", f"{model.flops_per_byte / 1e6:.2f} M", reach]
             cells += [f"{(model.mean('training', 'bytes') or 0) / (1 << 20):.1f}", str(len(values))]
             lines.append((model.label, *cells))
     for label, name in (("byte 5-gram (Witten-Bell)", "5-gram"), ("xz -9e, the test part alone", "xz")):
@@ -207,7 +212,7 @@ def _bar(model: Model) -> Iterator[str]:
     """Of the whole training against the model bench's way of timing the model."""
     if (share := _share(model)) is not None:
         verdict = "met" if share >= _SHARE_BAR else "**missed**"
-        yield f"\n\nBar: {model.label} trains at >= {_SHARE_BAR:.0%} of the speed of its forward and backward alone: {share:.1%}, {verdict}."
+        yield f"\n\nBar: {model.label} trains at >= {_SHARE_BAR:.0%} of the speed of forward and backward alone: {share:.1%}, {verdict}."
 
 
 def _share(model: Model) -> float | None:
