@@ -404,7 +404,7 @@ def test_cuda_graphs_in_a_fresh_process():
     run_python("""
 import torch
 from fuzzytok_kernels import FuzzyTokenizer
-torch.backends.cudnn.allow_tf32 = False  # or what Inductor's two LayerNorms round elsewhere grows to 5e-5
+torch.backends.cudnn.allow_tf32 = False  # or the last bit of Inductor's two LayerNorms becomes one of TF32's
 net = FuzzyTokenizer(dim=32, dilations=(1, 2)).cuda()
 compiled, graphless = torch.compile(net, mode="reduce-overhead", fullgraph=True), torch.compile(net, fullgraph=True)
 for _ in range(4):
@@ -414,8 +414,8 @@ for _ in range(4):
     got = y.detach().clone(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])
     y = graphless(ids)  # of the same kernels: eager ones round elsewhere, to 2e-5 apart
     want = y.detach(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other)
+    for one, other in zip(got, want, strict=True):  # Inductor's two LayerNorms differ in the last bit, which sums over 256 steps carry on
+        assert (one - other).norm() <= 1e-6 * other.norm()
 """)
 
 

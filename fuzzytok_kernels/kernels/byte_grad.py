@@ -13,20 +13,19 @@ part of tap 0 and its part of the embedding's. Tap k gathers that gradient k*d s
 import triton
 import triton.language as tl
 
-from fuzzytok_kernels.kernels.byte_conv import first_step, row_of, wait
+from fuzzytok_kernels.kernels.byte_conv import first_step, row_of
 from fuzzytok_kernels.profile import fixed_name
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_ids"], repr=fixed_name("byte_causal_conv1d_rank"))
 def rank_kernel(
     ids, ranks, counts, n_steps, T, n_ids, chunk, stride_ib, stride_it,
-    WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
 ):  # fmt: skip
     """ranks [B*T]: how many earlier steps of its block have the same id; counts [chunks, V + 1, chunk]: how many steps there are.
 
     Row V counts the ids that have no row in the table.
     """
-    wait(PDL)
     block = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
     at = tl.arange(0, BLOCK)
     n = block * BLOCK + at
@@ -50,10 +49,9 @@ def rank_kernel(
 @triton.jit(do_not_specialize=["n_steps", "n_ids"], repr=fixed_name("byte_causal_conv1d_order"))
 def order_kernel(
     ids, ranks, ends, order, keys, n_steps, T, n_ids, chunk, stride_ib, stride_it,
-    WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """order [B*T]: the steps by id, each id's in order of time; in this order rows [B*T], the table's. ends: counts, summed up."""
-    wait(PDL)
     block = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
     n = block * BLOCK + tl.arange(0, BLOCK)
     inside = n < n_steps
@@ -71,13 +69,12 @@ def order_kernel(
 def share_kernel(
     order, keys, cu_seqlens, grad_p, grad_y, partial,
     n_steps, T, n_ids, channels, c_out, dilation, n_sequences, n_searches, stride_s, stride_pb, stride_pt, stride_gb, stride_gt,
-    WIDE: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad_p [B, T, C_out], grad_y [B, T, C] -> partial [slots, K * C_out + C]: one share of one tap, or of e, a program.
 
     Taps fastest, whose rows of grad_p lie close together.
     """
-    wait(PDL)
     pid = tl.program_id(0)
     k = pid % (K + 1)
     share = pid // (K + 1)
@@ -95,7 +92,9 @@ def share_kernel(
         ahead = k * tl.cast(dilation, n.dtype)
         seen = inside & (t + ahead < T)
         seen = seen & (first_step(tl.where(seen, t + ahead, 0), cu_seqlens, n_sequences, n_searches, stride_s) <= t)
-        _sum(grad_p + (b * stride_pb + tl.where(seen, t + ahead, 0) * stride_pt)[:, None], seen, same, sums, slot, c_out, PRECISION, BLOCK_C)
+        _sum(
+            grad_p + (b * stride_pb + tl.where(seen, t + ahead, 0) * stride_pt)[:, None], seen, same, sums, slot, c_out, PRECISION, BLOCK_C
+        )
     else:
         _sum(grad_y + (b * stride_gb + t * stride_gt)[:, None], inside, same, sums, slot, channels, PRECISION, BLOCK_C)
 
@@ -113,10 +112,9 @@ def _sum(gathered, seen, same, sums, slot, channels, PRECISION: tl.constexpr, BL
 @triton.jit(repr=fixed_name("byte_causal_conv1d_grad_sum"))
 def sum_slots_kernel(
     partial, ends, grad_table, n_ids, n_chunks, chunk, width,
-    SHARE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    SHARE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """partial [slots, width] -> grad_table [V, width], each id's slots summed in their order, in the digits that products take of it."""
-    wait(PDL)
     n_columns = tl.cdiv(width, BLOCK_COLUMNS)
     v = (tl.program_id(0) // n_columns).to(tl.int64)
     column = tl.program_id(0) % n_columns * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
