@@ -6,6 +6,7 @@ and in registers (see `kernels/byte_conv.py` and `kernels/byte_grad.py`); the sm
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.descriptors import Traits, as_it_is, channels_last, traits
 from fuzzytok_kernels.kernels.byte_conv import byte_conv_kernel
-from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, share_kernel, sum_slots_kernel
+from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, run_kernel, sum_runs_kernel
 from fuzzytok_kernels.kernels.byte_table import table_grads_kernel, table_kernel
 from fuzzytok_kernels.layout import empty_of_bytes, empty_weight
 from fuzzytok_kernels.program import Kernel, cdiv, named, on
@@ -24,11 +25,11 @@ _plans = functools.lru_cache(maxsize=4096)
 _TILE = 2048  # elements of a tile of the forward: 16 results a thread
 _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
 _PROGRAMS = {2: 8, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
-_SHARE = 64  # steps of a share: the least that the tensor cores of Hopper take at once; half of it elsewhere, where 64 spill registers
-_SHARE_CHANNELS = 64
-_CHUNK = 65_536
+_RUN = 512  # steps of an id that one program sums at most
+_RUN_BLOCK = (32, 256)  # steps and channels at a time
+_CHUNK = 16_384  # steps
 _SORTED, _COMPARED = 256, 32  # steps that one program sorts, by comparing all with all, 32 at a time
-_SUMMED = (16, 256)  # slots and columns at a time
+_SUMMED = (16, 256)  # runs and columns at a time
 _TABLE = (32, 64, 128)  # ids, output channels, and input channels in 16 bits
 _EMBEDDING_GRAD = (16, 128, 32)  # few ids, so that all multiprocessors have a block
 _TAP_GRAD = (64, 32, 32)
@@ -87,29 +88,26 @@ def _grad_plan(
             embedding.new_zeros((V, width), dtype=torch.float32), embedding, weight
         )
     read_grad: Callable[[Tensor], Tensor] = as_it_is
-    grad_strides = grad_y.strides[0], grad_y.strides[2]
-    if grad_y.strides[1] != 1:
-        read_grad, grad_strides = channels_last(grad_y), (T * channels, channels)
-    strides_of_p = grad_strides if activation == "none" else (T * c_out, c_out)
+    stride_b, stride_c, stride_t = grad_y.strides
+    if stride_c != 1 or (B > 1 and stride_b != T * stride_t):
+        read_grad, stride_t = channels_last(grad_y), channels
     wide = _is_wide(ids, K, dilation, c_out, embedding, weight, grad_y)
-    ordered, chunk, chunks = _order(ids, V, wide)
-    grad_of_p = _activation_grad(ids, embedding, weight, bias, dilation, activation, cu_seqlens, grad_strides)
-    steps = _SHARE if facts(ids.device).descriptors else _SHARE // 2
-    shares, block_c = cdiv(n_steps, steps), min(_SHARE_CHANNELS, _power_of_two(channels))
-    share = Kernel(share_kernel, shares * (K + 1), (wide, K, _precision(ids.device), steps, block_c))
-    sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, *_SUMMED))
-    numbers = (n_steps, T, V, channels, c_out, min(dilation, T), *_searches(cu_seqlens), _stride(cu_seqlens), *strides_of_p, *grad_strides)
+    sort = _order(ids, V, cu_seqlens, wide)
+    grad_of_p = _activation_grad(ids, embedding, weight, bias, dilation, activation, cu_seqlens, (T * stride_t, stride_t))
+    run = Kernel(run_kernel, sort.n_runs * (K + 1), (K, *_blocks(_RUN_BLOCK, _RUN, channels)))
+    sum_runs = Kernel(sum_runs_kernel, V * cdiv(width, _SUMMED[1]), (_RUN, products, *_SUMMED))
+    numbers = channels, c_out, min(dilation, T), stride_t if activation == "none" else c_out, stride_t
 
     def gradients(
         grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_y = read_grad(grad_y)
-        order, keys, ends = ordered(ids)
         grad_p = grad_of_p(grad_y, ids, embedding, weight, bias, cu_seqlens)
-        partial = embedding.new_empty((shares + chunks * (V + 1), width), dtype=torch.float32)
-        share(order, keys, cu_seqlens, grad_p, grad_y, partial, *numbers)
+        order, later, runs, ends = sort.steps(ids, cu_seqlens)
+        partial = embedding.new_empty((sort.n_runs, width), dtype=torch.float32)
+        run(order, later, runs, grad_p, grad_y, partial, *numbers)
         grad_table = partial.new_empty((V, width))
-        sum_slots(partial, ends, grad_table, V, chunks, chunk, width)
+        sum_runs(partial, ends, grad_table, V, sort.chunks, sort.chunk, width)
         return table_grads(grad_table, embedding, weight)
 
     return on(ids.device, named("byte_causal_conv1d_grad", gradients))
@@ -139,37 +137,51 @@ def _activation_grad(
     """The gradient [B, T, C_out] before the activation."""
     if activation == "none":
         return lambda grad_y, *others: grad_y
+    dtype = torch.float32 if embedding.dtype == torch.float16 else embedding.dtype  # of values rounded to fp16, sums broke the error rule
     make_table = _table(embedding, weight, bias, torch.float32)
     look_up = _look_up(ids, embedding, weight, dilation, activation, cu_seqlens, torch.float32, grad_strides)
 
     def gradient(grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        grad_p = embedding.new_empty((*ids.shape, weight.shape[0]))
+        grad_p = embedding.new_empty((*ids.shape, weight.shape[0]), dtype=dtype)
         look_up(ids, make_table(embedding, weight, bias), cu_seqlens, grad_y, grad_p)
         return grad_p
 
     return gradient
 
 
-def _order(ids: Traits, n_ids: int, wide: bool) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], int, int]:
-    """What sorts the steps by chunk and id: the steps in this order, the key of each, and where each key ends in each block of steps; then how
-    many blocks a chunk has, and how many chunks there are.
-    """
+class _Order(NamedTuple):
+    """What sorts the steps by chunk and id, into runs."""
+
+    steps: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]  # see `kernels/byte_grad.order_kernel`
+    chunk: int  # blocks of steps
+    chunks: int
+    n_runs: int
+
+
+def _order(ids: Traits, n_ids: int, cu_seqlens: Traits | None, wide: bool) -> _Order:
     B, T = ids.shape
     n_steps, n_blocks, dtype = B * T, cdiv(B * T, _SORTED), torch.int64 if wide else torch.int32
     chunk = min(n_blocks, _CHUNK // _SORTED)
     chunks = cdiv(n_blocks, chunk)
+    n_runs = _n_runs(n_steps, n_ids)
     rank = Kernel(rank_kernel, chunks * chunk, (wide, _SORTED, _COMPARED), num_warps=8)
-    order_by_key = Kernel(order_kernel, n_blocks, (wide, _SORTED))
-    numbers = (n_steps, T, n_ids, chunk, *ids.strides)
+    order_by_key = Kernel(order_kernel, n_blocks, (wide, _RUN, _SORTED))
+    sizes = n_steps, T, n_ids, chunk
+    of_sequences, strides, stride_s = _searches(cu_seqlens), ids.strides, _stride(cu_seqlens)
 
-    def ordered(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def steps(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ranks, counts = (ids.new_empty(n, dtype=torch.int32) for n in (n_steps, (n_ids + 1) * chunks * chunk))
-        rank(ids, ranks, counts, *numbers)
-        ends, order, keys = counts.cumsum(0, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype), ranks.new_empty(n_steps, dtype=dtype)
-        order_by_key(ids, ranks, ends, order, keys, *numbers)
-        return order, keys, ends
+        order, later, runs = (ids.new_empty(n, dtype=dtype) for n in (n_steps, n_steps, 2 * n_runs))
+        rank(ids, ranks, counts, runs, *sizes, n_runs, *strides)
+        ends = counts.cumsum(0, dtype=dtype)
+        order_by_key(ids, ranks, ends, cu_seqlens, order, later, runs, *sizes, *of_sequences, *strides, stride_s)
+        return order, later, runs, ends
 
-    return ordered, chunk, chunks
+    return _Order(steps, chunk, chunks, n_runs)
+
+
+def _n_runs(n_steps: int, n_ids: int) -> int:
+    return cdiv(n_steps, _RUN) + cdiv(n_steps, _CHUNK) * (n_ids + 1)
 
 
 def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -240,8 +252,7 @@ def _is_wide(ids: Traits, kernel_size: int, dilation: int, c_out: int, embedding
     n_steps, reach = B * T, kernel_size * min(dilation, T)
     width = kernel_size * weight.shape[0] + channels
     spans = (sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True)) for x in (ids, *others))
-    slots = n_steps // (_SHARE // 2) + cdiv(n_steps, _CHUNK) * (V + 1) + 1
-    return max(n_steps * max(c_out, kernel_size) + (reach + _TILE) * c_out, slots * width, *spans) >= 2**31
+    return max(n_steps * max(c_out, kernel_size) + (reach + _TILE) * c_out, _n_runs(n_steps, V) * width, *spans) >= 2**31
 
 
 def _power_of_two(size: int) -> int:

@@ -41,7 +41,7 @@ def byte_conv_kernel(
     for _ in range(first_tile, B * n_t, stride):
         step = block.to(b.dtype) * BLOCK_T + tl.arange(0, BLOCK_T)
         row, t = ids + b * stride_ib, tl.minimum(step, T - 1)
-        first = first_step(t, cu_seqlens, n_sequences, n_searches, stride_s)
+        first = _first_step(t, cu_seqlens, n_sequences, n_searches, stride_s)
         rows = _sources(row, t, first, n_ids, dilation, stride_it, K)
         out, inside = ((b * T + step) * (OUT * channels))[:, None], (step < T)[:, None]
         for half in tl.static_range(0, 2 * BLOCK_C, BLOCK_C):
@@ -76,7 +76,7 @@ def _pre_activation(columns, rows, row, t, first, n_ids, channels, dilation, str
             p += _looked_up(columns + k * PARTS * channels, rows[k], channels, K, PARTS)
     else:
         for k in range(1, K):
-            p += _looked_up(columns + k * PARTS * channels, row_back(row, t, k, first, n_ids, dilation, stride_it), channels, K, PARTS)
+            p += _looked_up(columns + k * PARTS * channels, _row_back(row, t, k, first, n_ids, dilation, stride_it), channels, K, PARTS)
     return p
 
 
@@ -96,12 +96,12 @@ def _sources(row, t, first, n_ids, dilation, stride_it, K: tl.constexpr):
     """For each of up to 8 taps the row of the table [T] that it looks up. Of more taps, the first's."""
     rows = (row_of(row, t, n_ids, stride_it),)
     for k in tl.static_range(1, K if K <= 8 else 1):
-        rows = rows + (row_back(row, t, k, first, n_ids, dilation, stride_it),)  # type: ignore[assignment]
+        rows = rows + (_row_back(row, t, k, first, n_ids, dilation, stride_it),)  # type: ignore[assignment]
     return rows
 
 
 @triton.jit
-def row_back(row, t, k, first, n_ids, dilation, stride_it):
+def _row_back(row, t, k, first, n_ids, dilation, stride_it):
     """[T]: the table's rows of the ids k*d steps back, its last where that is another sequence's step."""
     source = t - k * tl.cast(dilation, t.dtype)
     seen = source >= first
@@ -115,15 +115,22 @@ def row_of(row, t, n_ids, stride_it):
 
 
 @triton.jit
-def first_step(t, cu_seqlens, n_sequences, n_searches, stride_s):
+def _first_step(t, cu_seqlens, n_sequences, n_searches, stride_s):
     """[T]: where the sequence begins that step t belongs to; a batch has one sequence a row."""
     if cu_seqlens is None:
         return tl.zeros_like(t)
     else:
-        low, high = tl.zeros([t.shape[0]], tl.int64), tl.zeros([t.shape[0]], tl.int64) + n_sequences
-        for _ in range(n_searches):  # whatever cu_seqlens holds, no index leaves it
-            middle = (low + high) // 2
-            begun = tl.load(cu_seqlens + middle * stride_s) <= t
-            low = tl.where(begun, middle, low)
-            high = tl.where(begun, high, middle)
-        return tl.maximum(tl.load(cu_seqlens + low * stride_s), 0).to(t.dtype)
+        n = sequence(t, cu_seqlens, n_sequences, n_searches, stride_s)
+        return tl.maximum(tl.load(cu_seqlens + n * stride_s), 0).to(t.dtype)
+
+
+@triton.jit
+def sequence(t, cu_seqlens, n_sequences, n_searches, stride_s):
+    """[T]: which of a packed batch's sequences step t belongs to; one of them, whatever cu_seqlens holds."""
+    low, high = tl.zeros([t.shape[0]], tl.int64), tl.zeros([t.shape[0]], tl.int64) + n_sequences
+    for _ in range(n_searches):
+        middle = (low + high) // 2
+        begun = tl.load(cu_seqlens + middle * stride_s) <= t
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low
