@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources, launcher
-from fuzzytok_kernels.support import facts
 from fuzzytok_kernels.tuning import Config
 
 
@@ -80,16 +79,6 @@ class _Threads(threading.local):
 
 
 _threads = _Threads()
-
-
-def has_pdl(device: torch.device) -> bool:
-    """Whether a launch may start before the one in front of it has ended: on Hopper and newer, as the descriptors."""
-    return device.type == "cuda" and facts(device).descriptors
-
-
-def launched(pdl: bool) -> dict[str, Any]:
-    """The option of a launch that may."""
-    return {"launch_pdl": True} if pdl else {}
 
 
 def cdiv(a: int, b: int) -> int:
