@@ -41,11 +41,12 @@ def _length(intervals: Iterable[Interval]) -> float:
     return sum(end - begin for begin, end in intervals)
 
 
-def of_profile(profiler: profile) -> Exchanged:
-    """Of the GPU's kernels in a profile that has ended."""
+def after_the_first(profiler: profile, calls: int) -> Exchanged:
+    """Of the GPU's kernels in a profile of so many like calls, one after another, without those of the first."""
+    events = [event for event in profiler.profiler.kineto_results.events() if str(event.device_type()).endswith("CUDA")]  # type: ignore[union-attr]
+    events.sort(key=lambda event: event.start_ns())
     found: dict[bool, list[Interval]] = {True: [], False: []}
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if str(event.device_type()).endswith("CUDA") and event.duration_ns():
-            begin = event.start_ns() / 1e3
-            found["nccl" in event.name().lower()].append((begin, begin + event.duration_ns() / 1e3))
+    for event in events[len(events) // calls :]:
+        begin = event.start_ns() / 1e3
+        found["nccl" in event.name().lower()].append((begin, begin + event.duration_ns() / 1e3))
     return exchanged(found[True], found[False])

@@ -5,8 +5,6 @@ message goes to and fro, so that each waits for the one before.
 """
 
 import argparse
-import json
-import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from bench.sequence_parallel import microseconds
+from bench.sequence_parallel import begin, groups, leave, microseconds, write
 
 SIZES = (42, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 23, 1 << 26, 1 << 28)  # bytes; of a collective, of all ranks together
 IN_A_GRAPH, ROUNDS = 20, 5
@@ -28,21 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file to add a line of JSON to for each measurement")
     options = parser.parse_args()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    ranks = 2
-    while ranks <= dist.get_world_size():
-        mesh = init_device_mesh("cuda", (dist.get_world_size() // ranks, ranks), mesh_dim_names=("others", "these"))["these"]
+    device = begin()
+    for ranks, mesh in groups(device).items():
         for name, call in _calls(mesh).items():
             for size in SIZES:
                 us = _timed(partial(call, torch.zeros(-(-size // (4 * ranks)) * ranks, device=device)), device)
-                if dist.get_rank() == 0:
-                    print(f"{ranks} GPUs, {name}, {size:,} bytes: {us:.1f} us", flush=True)
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"ranks": ranks, "name": name, "bytes": size, "us": us}) + "\n")
-        ranks *= 2
-    dist.destroy_process_group()
+                write({"ranks": ranks, "name": name, "bytes": size, "us": us}, options.out)
+    leave()
 
 
 def _calls(mesh: DeviceMesh) -> dict[str, Callable[[Tensor], Any]]:
@@ -64,7 +54,7 @@ def _calls(mesh: DeviceMesh) -> dict[str, Callable[[Tensor], Any]]:
         dist.all_reduce(whole, group=group)
 
     collectives: dict[str, Callable[[Tensor], Any]] = {"all-gather": all_gather, "reduce-scatter": reduce_scatter, "all-reduce": all_reduce}
-    return {"two messages": to_and_fro, **collectives} if ranks == 2 else collectives
+    return {"two messages": to_and_fro, **collectives} if ranks == 2 else collectives if ranks > 2 else {}
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

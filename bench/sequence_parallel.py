@@ -3,7 +3,8 @@
 A step is forward, loss, backward and the mean of the gradients over the ranks, without the optimiser: parameters in fp32 under autocast to
 bf16, or FSDP2's mixed precision. Each form is checked first: its gradients are those of one rank that has all bytes. Then the forms are
 timed in turns, a step that exchanges nothing among them; many steps lie between two events, so that what ranks wait for at their beginning
-is none of it. On GPUs a step is a captured graph that is replayed, and, for the host's share, launched kernel by kernel.
+is none of it. On GPUs a step is a captured graph that is replayed, and, for the host's share, launched kernel by kernel. What matters most
+is measured first, and profiled once nothing is timed any more. `python3 -m bench.scaled` makes the report.
 """
 
 import argparse
@@ -11,25 +12,29 @@ import contextlib
 import json
 import os
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import triton
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.hidden import Exchanged, of_profile
+from bench.hidden import Exchanged, after_the_first
 from bench.measure import checked
+from bench.results import slug
 from fuzzytok_kernels import CausalConv1d
 from fuzzytok_kernels.distributed import TimeParallel, average_gradients, history_bytes
 from fuzzytok_kernels.nn import ByteLM, bits_per_byte
+from fuzzytok_kernels.tuning.gpu import Gpu
 
 STACK, CONVOLUTIONS = "one a stack", "one a convolution"
 PLANS = {STACK: lambda: TimeParallel(), CONVOLUTIONS: lambda: {"tokenizer.blocks.*.conv": TimeParallel()}}
@@ -44,9 +49,10 @@ FORMS: dict[str, tuple[str, str, int]] = {  # where it exchanges, what is done w
     f"{STACK}, FSDP2": (STACK, "FSDP2", 1),
     f"{STACK}, FSDP2, one unit": (STACK, "FSDP2", WHOLE),
 }
-ROUNDS, EAGER_ROUNDS, EAGER_STEPS, WARM_UP, PROFILED = 9, 3, 10, 12, 3  # DDP asks for 11 steps before a capture
+ROUNDS, EAGER_ROUNDS, EAGER_STEPS, WARM_UP, PROFILED = 9, 3, 10, 12, 5  # DDP asks for 11 steps before a capture
 MAIN = 65536  # bytes a rank, at which all forms are timed
-STEPS = {1: (16384, MAIN, 262144), 2: (16384, 32768, MAIN, 131072), 4: (16384, MAIN)}  # weak at 16 and 64 Ki, strong of 64 and 256 Ki
+WEAK, STRONG = (MAIN, 16384), (MAIN, 4 * MAIN)  # bytes a rank, and of all ranks together
+ELSEWHERE = (ALONE, STACK, f"{STACK}, at the end")
 GRADIENT_BOUND = 5e-2  # of the relative error in the L2 norm of what nine layers in bf16 leave
 
 
@@ -59,7 +65,6 @@ class Row(NamedTuple):
     how: str
     us: list[float]
     exchanged: list[Any] | None = None  # of a profile, on each rank
-    failed: str | None = None
 
 
 def main() -> None:
@@ -71,32 +76,77 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--out", type=Path, help="file to add a line of JSON to for each measurement")
     options = parser.parse_args()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    torch.set_num_threads(1)
+    device = begin()
+    write(machine(), options.out)
     for row in rows(options.steps, options.dim, options.forms, device):
-        if dist.get_rank() == 0:
-            print(row, flush=True)
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row._asdict()) + "\n")
-    dist.destroy_process_group()
+        write(row._asdict(), options.out)
+    leave()
+
+
+def write(found: dict[str, Any], path: Path | None) -> None:
+    """On the first rank: print what was found, and add it to the file."""
+    if dist.get_rank() == 0:
+        print(found, flush=True)
+        if path:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+def machine() -> dict[str, str]:
+    gpu = Gpu.current(0)
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu else ""
+    found = {"gpu": gpu.name if gpu else "CPU", "slug": slug(), "torch": torch.__version__, "triton": triton.__version__, "nccl": nccl}
+    return found | {"date": time.strftime("%Y-%m-%d")}
+
+
+def begin() -> torch.device:
+    """Joins the ranks that torchrun has started. Without a `device_id`, with which a later group may split another one and hang in it."""
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl")
+    return device
+
+
+def leave() -> None:
+    """Ends this process once all ranks are done, without NCCL's own end, which waited for ever where messages had been captured."""
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def groups(device: torch.device) -> dict[int, DeviceMesh]:
+    """The mesh of this rank's row by its number of ranks: 1, 2, 4, ... Each has sent something, and so has its communicator."""
+    ranks, meshes = 1, {}
+    while ranks <= dist.get_world_size():
+        whole = init_device_mesh(device.type, (dist.get_world_size() // ranks, ranks), mesh_dim_names=("rows", "time"))
+        meshes[ranks] = whole["time"]
+        dist.all_reduce(torch.zeros(1, device=device), group=meshes[ranks].get_group())
+        ranks *= 2
+    return meshes
+
+
+def plan(steps: Sequence[int] | None, sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Ranks and bytes a rank, in order."""
+    weak = [(ranks, T) for T in steps or WEAK for ranks in sizes]
+    strong = [] if steps else [(ranks, whole // ranks) for whole in STRONG for ranks in sizes]
+    return list(dict.fromkeys(weak + strong))
 
 
 def rows(steps: Sequence[int] | None, dim: int, forms: Sequence[str], device: torch.device) -> Iterator[Row]:
     """On every rank, in the same order."""
-    ranks = 1
-    while ranks <= dist.get_world_size():
-        mesh = init_device_mesh(device.type, (dist.get_world_size() // ranks, ranks), mesh_dim_names=("rows", "time"))["time"]
-        for T in steps or STEPS.get(ranks, STEPS[4]):
-            compared = forms if steps or T == MAIN else [name for name in (ALONE, STACK) if name in forms]
-            names = compared if ranks > 1 else [ALONE]
+    meshes = groups(device)
+    for measured in (_timed, _profiled) if device.type == "cuda" else (_timed,):
+        for ranks, T in plan(steps, meshes):
+            compared = [name for name in forms if steps or T == MAIN or name in ELSEWHERE]
+            if measured is _profiled and (ranks == 1 or T != MAIN):
+                continue
             with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext():
-                made = {name: Step(name, mesh, T, dim, device) for name in names}
-                yield from _measured(made, ranks, T, device)
-        ranks *= 2
+                made = {name: Step(name, meshes[ranks], T, dim, device) for name in (compared if ranks > 1 else [ALONE])}
+                yield from measured(made, ranks, T, device)
 
 
 class Step:
@@ -167,24 +217,33 @@ def _check(steps: dict[str, Step]) -> None:
             checked(step.results(), wanted, dict.fromkeys(wanted, GRADIENT_BOUND))
 
 
-def _measured(steps: dict[str, Step], ranks: int, T: int, device: torch.device) -> Iterator[Row]:
+def _timed(steps: dict[str, Step], ranks: int, T: int, device: torch.device) -> Iterator[Row]:
     _check(steps)
+    for name, us in _in_turns(dict(steps), EAGER_ROUNDS, EAGER_STEPS, device).items():
+        yield Row(ranks, T, name, "launched", us)
+    if device.type == "cuda":
+        replays = _replays(steps)
+        for name, us in _in_turns(replays, ROUNDS, max(6, 3 * (1 << 19) // T), device).items():
+            yield Row(ranks, T, name, "replayed", us)
+
+
+def _profiled(steps: dict[str, Step], ranks: int, T: int, device: torch.device) -> Iterator[Row]:
+    for name, replay in _replays(steps).items():
+        yield Row(ranks, T, name, "profiled", [], _profile(replay))
+
+
+def _replays(steps: dict[str, Step]) -> dict[str, Callable[[], object]]:
+    """The replay of each step as a captured graph, of those that can be one."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    for name, us in _in_turns(dict(steps), EAGER_ROUNDS, EAGER_STEPS, device).items():
-        yield Row(ranks, T, name, "launched", us)
-    if device.type != "cuda":
-        return
     replays: dict[str, Callable[[], object]] = {}
     for name, step in steps.items():
         try:
             replays[name] = _captured(step).replay
         except RuntimeError as error:
-            yield Row(ranks, T, name, "replayed", [], failed=str(error).partition("\n")[0])
-    times = _in_turns(replays, ROUNDS, max(6, 3 * (1 << 19) // T), device)
-    for name, us in times.items():
-        yield Row(ranks, T, name, "replayed", us, _profile(replays[name]))
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return replays
 
 
 def _captured(step: Step) -> torch.cuda.CUDAGraph:
@@ -224,14 +283,14 @@ def microseconds(call: Callable[[], object], count: int, device: torch.device) -
 
 
 def _profile(call: Callable[[], object]) -> list[Any]:
-    """Of a step, on every rank."""
+    """Of a step, on every rank. In a first one they wait for the last of them to profile."""
     dist.barrier()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(PROFILED):
+        for _ in range(1 + PROFILED):
             call()
         torch.cuda.synchronize()
-    return _gathered(Exchanged(*(value / PROFILED for value in of_profile(profiler))))
+    return _gathered(Exchanged(*(value / PROFILED for value in after_the_first(profiler, 1 + PROFILED))))
 
 
 def _gathered(value: Any) -> list[Any]:

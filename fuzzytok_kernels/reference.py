@@ -214,13 +214,20 @@ def looked_up_grads(
     dilation: int, activation: str, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`byte_causal_conv1d_grad` by functions that PyTorch can differentiate again."""
-    table, sources, grad_e = _table(embedding, weight), _sources(ids, weight.shape[2], dilation, cu_seqlens), _wide(grad_y)
-    grad_p = activation_grad(grad_e, _looked_up_sum(table, sources, bias).mT, activation).mT  # (B, T, C_out)
+    sources = _sources(ids, weight.shape[2], dilation, cu_seqlens)
+    p = _looked_up_sum(_table(embedding, weight), sources, bias).mT
+    return summed_by_id(activation_grad(_wide(grad_y), p, activation), _wide(grad_y), ids, embedding, weight, sources)
+
+
+def summed_by_id(
+    grad_p: Tensor, grad_e: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, sources: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of embedding, weight and bias from those of the pre-activation (B, C_out, T) and of the embeddings (B, C, T)."""
 
     def by_id(grad: Tensor, ids: Tensor) -> Tensor:
-        return torch.ops.aten.embedding_dense_backward(grad, ids, len(table), -1, False)
+        return torch.ops.aten.embedding_dense_backward(grad, ids, len(embedding), -1, False)
 
-    grad_table = torch.stack([by_id(torch.where(seen, grad_p, 0.0), at) for at, seen in sources], 1)  # (V, K, C_out)
+    grad_table = torch.stack([by_id(torch.where(seen, grad_p.mT, 0.0), at) for at, seen in sources], 1)  # (V, K, C_out)
     grad_embedding = by_id(grad_e.mT, ids.long()) + torch.einsum("vko,oik->vi", grad_table, _wide(weight))
     grad_weight = torch.einsum("vko,vi->koi", grad_table, _wide(embedding)).contiguous().permute(1, 2, 0)  # tap-major, see empty_weight
     grads = grad_embedding.contiguous(), grad_weight, grad_table[:, 0].sum(0)

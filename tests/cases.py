@@ -1,6 +1,6 @@
 """Random problems of every op: what test_fuzz.py and fuzz.py draw, and verdicts.py checks.
 
-An op joins by a line in SUBJECTS, or in NOT_DRAWN for the repeats and the sanitizers alone. A case has two halves: its template decides
+An op joins by a line in SUBJECTS. A case has two halves: its template decides
 which kernel is compiled, its sizes do not (they keep the template's divisibility), so that a GPU can run thousands of cases of a few
 hundred kernels.
 """
@@ -111,7 +111,7 @@ def from_text(text: str) -> Case:
 
 def choices(op: str) -> dict[str, tuple]:
     """What each field of a template of `op` may be."""
-    return {"op": (op,), **_COMMON, **ALL[op].choices}
+    return {"op": (op,), **_COMMON, **SUBJECTS[op].choices}
 
 
 def sizes(template: dict[str, Any]) -> st.SearchStrategy[Case]:
@@ -124,7 +124,7 @@ def sizes(template: dict[str, Any]) -> st.SearchStrategy[Case]:
         **{**fixed, **drawn},
         B=st.just(1) if template["packed"] else st.sampled_from((1, 2, 3, 4) * 3 + (0,)),
         d=st.integers(1, 9)
-        if template["state"] or template["op"] == "causal_conv1d_update"
+        if template["state"] or "update" in template["op"]
         else st.one_of(st.integers(1, 9), st.sampled_from((64, 640, 2**31 - 1, 2**40))),
         spoilt=st.sampled_from((None, None, float("nan"), float("inf"))),
         seed=st.integers(0, 2**16),
@@ -313,17 +313,22 @@ SUBJECTS = {
     "byte_causal_conv1d": Subject(
         _bytes, {"activation": tuple(ACTIVATIONS), "packed": (False, True)}, launch="fuzzytok_kernels.byte_launch"
     ),
+    "byte_causal_conv1d_grad": Subject(
+        _byte_grad, {"activation": tuple(ACTIVATIONS), "packed": (False, True)}, launch="fuzzytok_kernels.byte_launch"
+    ),
+    "embedding_norm": Subject(
+        _embedding_norm,
+        {},
+        launch="fuzzytok_kernels.streaming.launch",
+        reference="fuzzytok_kernels.streaming.reference",
+    ),
     "causal_conv1d_weight_grad": Subject(
         _weight_grad, {"bias": ("none",), "weight": ("contiguous",), "packed": (False, True)}, "x", _its_channel
     ),
-}
-# Ops of another kind, which the fuzzer does not draw: tests of their own try their values, in test_byte_conv.py and test_streaming.py.
-_STREAMS = "fuzzytok_kernels.streaming.launch"
-NOT_DRAWN = {
-    "byte_causal_conv1d_grad": Subject(_byte_grad, SUBJECTS["byte_causal_conv1d"].choices, launch="fuzzytok_kernels.byte_launch"),
     "residual_stack_update": Subject(
-        _stack, {"bias": ("contiguous",), "activation": tuple(ACTIVATIONS), "state": (False, True)}, launch=_STREAMS
+        _stack,
+        {"bias": ("contiguous",), "activation": tuple(ACTIVATIONS), "state": (False, True)},
+        launch="fuzzytok_kernels.streaming.launch",
+        reference="fuzzytok_kernels.streaming.reference",
     ),
-    "embedding_norm": Subject(_embedding_norm, {}, launch=_STREAMS),
 }
-ALL = {**SUBJECTS, **NOT_DRAWN}

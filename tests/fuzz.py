@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from modes import DEVICE, ON_CUDA
 from tqdm import tqdm
 
-from fuzzytok_kernels.tuning.worker import Worker, WorkerError, cores
+from fuzzytok_kernels.tuning.worker import Worker, WorkerError, cores, end
 
 EACH = 25  # cases a template
 _SHRINKING = 30.0  # seconds at most
@@ -55,9 +55,7 @@ def main() -> int:
             failures += _count(future, futures[future], passed)
     except TimeIsUp:
         print(f"stopped after {chosen.minutes} minutes")
-    pool.shutdown(wait=False, cancel_futures=True)
-    for worker in _workers:
-        worker.close()
+    end(pool, _workers)
     for op, count in passed.items():
         print(f"{count:7,} passed  {op}")
     took = time.monotonic() - started

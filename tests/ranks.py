@@ -1,5 +1,6 @@
 """Processes that form a process group, spawned once for many checks: gloo on the CPU, NCCL where there are GPUs enough."""
 
+import faulthandler
 import os
 import tempfile
 import traceback
@@ -83,10 +84,7 @@ def _serve(rank: int, store: str, questions: Any, answers: Any) -> None:
     if ON_CUDA:
         torch.cuda.set_device(rank)
     how = dict(init_method=f"file://{store}", timeout=timedelta(seconds=SECONDS // 2), world_size=RANKS, rank=rank)
-    if ON_CUDA:
-        dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **how)
-    else:
-        dist.init_process_group("gloo", **how)
+    dist.init_process_group("nccl" if ON_CUDA else "gloo", **how)
     _meshes[RANKS] = init_device_mesh(DEVICE.type, (RANKS,))
     if RANKS == 4:
         _meshes[4, 2] = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("data", "model"))
@@ -94,7 +92,9 @@ def _serve(rank: int, store: str, questions: Any, answers: Any) -> None:
     while True:
         check, args = questions.get()
         torch.manual_seed(0)
+        faulthandler.dump_traceback_later(SECONDS * 3 // 4)  # where a rank hangs
         try:
             answers.put((rank, check(*args), None))
         except BaseException:
             answers.put((rank, None, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()

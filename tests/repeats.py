@@ -48,7 +48,7 @@ def _repeated(times: int) -> Iterator[tuple[str, str, bool]]:
     """Each launch's name, the digest of its results, and whether they were not the same every time; printed as it goes."""
     side, noise = torch.cuda.Stream(), torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
     for case in _cases():
-        args = cases.ALL[case.op].arguments(case, cases.Tensors(case))
+        args = cases.SUBJECTS[case.op].arguments(case, cases.Tensors(case))
         op = getattr(torch.ops.fuzzytok, case.op).default
         with verdicts.precision(case.dtype):
             first = _bits(verdicts.call(op, case.op, args))
@@ -75,7 +75,7 @@ def _cases() -> list[cases.Case]:
         cases.Case(
             op=op, dtype=dtype, layout=layout, activation=cases.choices(op)["activation"][-1], T=1 if "update" in op else 1000, **common
         )
-        for op in cases.ALL
+        for op in cases.SUBJECTS
         for dtype, layout in (("bf16", "channels-last"), ("fp32", "channels-first"))
     ]
 

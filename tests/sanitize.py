@@ -57,16 +57,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[2].partition("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--each", type=int, default=12, help="problems an op (default: 12)")
-    parser.add_argument("--run", choices=[*TOOLS, *cases.ALL], help="do this alone, in the process that is watched")
+    parser.add_argument("--run", choices=[*TOOLS, *cases.SUBJECTS], help="do this alone, in the process that is watched")
     parser.add_argument("--gpu", type=int, default=0)
     chosen = parser.parse_args()
     if chosen.run:
         return _watched(chosen.run, chosen.each, chosen.gpu)
     started, found, problems, faults = time.monotonic(), Counter(), Counter(), 0
     gpus = itertools.cycle(range(torch.cuda.device_count()))
-    compiling = [Run(None, op, chosen.each, next(gpus)) for op in cases.ALL]
+    compiling = [Run(None, op, chosen.each, next(gpus)) for op in cases.SUBJECTS]
     watched = [Run(tool, tool, 0, next(gpus)) for tool in chosen.tools]
-    watched += [Run(tool, op, chosen.each, next(gpus)) for op in cases.ALL for tool in chosen.tools]
+    watched += [Run(tool, op, chosen.each, next(gpus)) for op in cases.SUBJECTS for tool in chosen.tools]
     try:
         for run, output in itertools.chain(_outputs(compiling), _outputs(watched)):
             count, fault = _judged(run, output)
@@ -80,8 +80,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped")
     for tool in chosen.tools:
-        print(f"{tool}: {found[tool]} findings in {problems[tool]} of {chosen.each * len(cases.ALL)} problems")
-    complete = all(problems[tool] == chosen.each * len(cases.ALL) for tool in chosen.tools)
+        print(f"{tool}: {found[tool]} findings in {problems[tool]} of {chosen.each * len(cases.SUBJECTS)} problems")
+    complete = all(problems[tool] == chosen.each * len(cases.SUBJECTS) for tool in chosen.tools)
     print(f"{faults} faults{'' if complete else ', NOT ALL WAS RUN'}, in {time.monotonic() - started:.0f} s; seed {_SEED}")
     return 0 if complete and not faults else 1
 
@@ -116,7 +116,7 @@ def _watched(what: str, problems: int, gpu: int) -> int:
         _run_wrong(what)
     else:
         for case in _cases(what, problems):
-            args = cases.ALL[case.op].arguments(case, cases.Tensors(case))
+            args = cases.SUBJECTS[case.op].arguments(case, cases.Tensors(case))
             with verdicts.precision(case.dtype), tuning.force(**cases.CONFIGS[case.config]):
                 getattr(torch.ops.fuzzytok, case.op).default(*args)
     torch.cuda.synchronize()

@@ -173,10 +173,10 @@ def test_bench_runs(ranks):
     """bench.sequence_parallel, which checks every form's gradients before it times."""
     rows = ranks.run(sequence_checks.bench_runs)[0]
     forms = ["none", "one a stack", "one a convolution", "one a stack, DDP", "one a stack, FSDP2"]
-    wanted = [(1, steps, "none") for steps in (64, 20)]
-    wanted += [(size, steps, form) for size in (2, 4) if size <= RANKS for steps in (64, 20) for form in forms]
+    sizes = [size for size in (1, 2, 4) if size <= RANKS]
+    wanted = [(size, steps, form) for steps in (64, 20) for size in sizes for form in (forms if size > 1 else ["none"])]
     assert [row[:3] for row in rows if row.how == "launched"] == wanted
-    assert all(len(row.us) == RANKS and min(row.us) > 0 for row in rows if not row.failed)
+    assert all(len(row.us) == RANKS and min(row.us) > 0 for row in rows)
 
 
 def test_bytes_of_a_step():

@@ -3,11 +3,12 @@
 import math
 
 import cases
+import guards
 import pytest
 import torch
 import verdicts
 from hypothesis import HealthCheck, Phase, find, given, settings
-from modes import INTERPRETED, ON_CUDA, needs_kernels
+from modes import INTERPRETED, KERNELS_RUN, ON_CUDA, needs_kernels
 
 from fuzzytok_kernels.checks import CHECKS
 
@@ -32,8 +33,24 @@ def test_any_case(op, strict):
 
 
 def test_every_op_has_a_subject():
-    assert {*cases.SUBJECTS, *cases.NOT_DRAWN} == {*CHECKS}
-    assert not {*cases.SUBJECTS} & {*cases.NOT_DRAWN}
+    assert {*cases.SUBJECTS} == {*CHECKS}
+
+
+@pytest.mark.parametrize("op", cases.SUBJECTS)
+def test_what_the_sanitizers_and_the_repeats_run(op, device, strict, monkeypatch):
+    """Whatever they are given, so that a GPU's time is not lost to it."""
+    pytest.importorskip("triton")
+    import repeats
+    import sanitize
+
+    monkeypatch.setattr(guards, "ZONE", guards.ZONE)
+    some = [case for case in [*sanitize._cases(op, 4), *repeats._cases()] if case.op == op]
+    assert len(some) == 6
+    for case in some[: 4 if KERNELS_RUN else 6]:
+        case = case._replace(dtype="fp32")
+        args = cases.SUBJECTS[op].arguments(case, cases.Tensors(case))
+        first, second = (repeats._bits(verdicts.call(getattr(torch.ops.fuzzytok, op).default, op, args)) for _ in range(2))
+        assert all(map(torch.equal, first, second))
 
 
 def test_a_case_is_one_line_and_back():
@@ -111,6 +128,26 @@ def test_the_check_finds(fault, message, strict, monkeypatch):
     monkeypatch.setattr(launch, "causal_conv1d", wrong)
     monkeypatch.setattr(verdicts, "_check_the_op_itself", lambda *args: None)  # it calls what is not wrong
     with pytest.raises(AssertionError, match=message):
+        verdicts.check(case)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["none", "gelu", "glu"])
+def test_the_check_finds_a_lost_step_of_the_look_ups_gradient(activation, strict, monkeypatch):
+    from fuzzytok_kernels import byte_launch
+
+    right = byte_launch.byte_causal_conv1d_grad
+
+    def wrong(grad_y, *args):
+        grad_y = grad_y.clone()
+        grad_y[0, :, 7] = 0
+        return right(grad_y, *args)
+
+    case = CASE._replace(op="byte_causal_conv1d_grad", activation=activation)
+    verdicts.check(case)
+    monkeypatch.setattr(byte_launch, "byte_causal_conv1d_grad", wrong)
+    monkeypatch.setattr(verdicts, "_check_the_op_itself", lambda *args: None)  # it calls what is not wrong
+    with pytest.raises(AssertionError, match="norm of the error"):
         verdicts.check(case)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import pkgutil
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -16,7 +17,7 @@ from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.lookup import shipped_folder, user_folder
 from fuzzytok_kernels.tuning.space import OPS, candidates, default_config, predicted, slices
 from fuzzytok_kernels.tuning.store import path_of, read
-from fuzzytok_kernels.tuning.worker import Worker, WorkerError
+from fuzzytok_kernels.tuning.worker import Worker, WorkerError, pool
 
 pytest.importorskip("triton")
 import triton
@@ -54,6 +55,16 @@ def test_a_crash_costs_one_call():
 def test_a_hang_is_cut_off():
     with contextlib.closing(Worker("time:sleep", timeout=0.5)) as sleep, pytest.raises(WorkerError, match="no answer"):
         sleep(60)
+
+
+def test_who_leaves_a_pool_waits_for_nothing():
+    """Neither for what runs nor for what has not begun: a check that is stopped can say at once what it has."""
+    begun = time.monotonic()
+    with pool("time:sleep", 2) as submit:
+        futures = [submit(seconds) for seconds in (0.0, 60.0, 60.0, 60.0)]
+        futures[0].result()
+    assert time.monotonic() - begun < 30
+    assert sum(future.cancelled() for future in futures) >= 1
 
 
 @not_interpreted

@@ -9,7 +9,7 @@ from typing import Any
 import guards
 import torch
 import torch.nn.functional as F
-from cases import CONFIGS, SUBJECTS, Case, Tensors
+from cases import CONFIGS, DTYPES, SUBJECTS, Case, Tensors
 from modes import KERNELS_RUN, ON_CUDA
 from oracle import poisoned
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuzzytok_kernels import reference
 from fuzzytok_kernels.reference import GATES
+from fuzzytok_kernels.streaming import reference as streaming
 
 
 def check(case: Case) -> None:
@@ -55,7 +56,7 @@ def _run(op: str, args: tuple) -> tuple[Tensor, ...]:
             return call(_op(op), op, args)
     with guards.Allocations() as allocations:
         got = call(_function(SUBJECTS[op].launch, op), op, args)
-    if any(value.numel() for value in got):
+    if any(value.numel() and value.is_floating_point() for value in got):
         allocations.check()
     if ON_CUDA:
         _check_the_op_itself(op, args, got)
@@ -87,7 +88,7 @@ def _check_kinds(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
     with FakeTensorMode() as mode:
         fakes: dict[int, Any] = {}
         for arg in args:
-            fakes.setdefault(id(arg), mode.from_tensor(arg) if isinstance(arg, Tensor) else arg)
+            fakes.setdefault(id(arg), _each(arg, mode.from_tensor))
         wanted = _tuple(_op(case.op)(*(fakes[id(arg)] for arg in args)))
     for ours, fake in zip(got, wanted, strict=False):  # what was written in place comes behind
         kinds = [(tuple(value.shape), value.stride(), value.dtype) for value in (ours, fake)]
@@ -124,18 +125,80 @@ def _slack(case: Case, wide: tuple, want: tuple[Tensor, ...]) -> list[Tensor]:
     named = dict(zip(_names(case.op), wide, strict=True))
     if "embedding" in named:  # what the look-ups stand for
         named["x"] = named["residual"] = F.embedding(named["ids"].long(), named["embedding"]).mT
+    if case.op == "embedding_norm":
+        return [unit * _norm_terms(named)]
+    if case.op == "residual_stack_update":
+        return _slack_of_layers(case, named, unit)
     if "activation" not in named:
         return [unit * value for value in call(_function(SUBJECTS[case.op].reference, case.op), case.op, _mapped(wide, Tensor.abs))]
     base = case.op if "conv_state" in named else "causal_conv1d_fused"  # which without an activation gives what is before it
     plain = [{"activation": "none", "residual": None}.get(name, named.get(name)) for name in _names(base)]
     p, *written = call(_function(SUBJECTS[base].reference, base), base, tuple(plain))
     moved = unit * call(_function(SUBJECTS[base].reference, base), base, _mapped(plain, Tensor.abs))[0]
+    if "embedding" in named and DTYPES[case.dtype].itemsize == 2:
+        moved = moved + torch.finfo(DTYPES[case.dtype]).eps / 2 * _table_terms(case, named)
+    exact = _bent(named, p)
+    slack = unit * exact.abs() + _swing(case, lambda p: _bent(named, p), p, moved)
+    if case.op == "byte_causal_conv1d_grad":
+        return _slack_of_sums(case, named, exact, slack)
+    return [slack, *map(torch.zeros_like, written)]
+
+
+def _table_terms(case: Case, named: dict[str, Any]) -> Tensor:
+    """How large what the look-ups of a step find is: they are rounded, as PyTorch rounds the convolution that they stand for."""
+    table = reference._table(named["embedding"], named["weight"]).abs()
+    sources = reference._sources(named["ids"], case.K, case.d, named["cu_seqlens"])
+    return reference._looked_up_sum(table, sources, None if named["bias"] is None else named["bias"].abs()).mT
+
+
+def _swing(case: Case, bent: Callable[[Tensor], Tensor], p: Tensor, moved: Tensor) -> Tensor:
+    """How far `bent(p)` moves, at most, if p does by as much as `moved` either way; of a gate each half for itself."""
     halves = 2 if case.activation in GATES else 1
-    slack = unit * want[0].abs()
+    exact, most = bent(p), torch.zeros((), dtype=p.dtype, device=p.device)
     for signs in itertools.product((1.0, -1.0), repeat=halves):
         sign = torch.tensor(signs, dtype=p.dtype, device=p.device).repeat_interleave(p.shape[1] // halves)[:, None]
-        slack = torch.maximum(slack, unit * want[0].abs() + (_bent(named, p + sign * moved) - want[0]).abs())
-    return [slack, *map(torch.zeros_like, written)]
+        most = torch.maximum(most, (bent(p + sign * moved) - exact).abs())
+    return most
+
+
+def _slack_of_layers(case: Case, named: dict[str, Any], unit: float) -> list[Tensor]:
+    """Of a stack: what one layer's result may be off by goes through the next. Between two it is rounded, in TF32 once more."""
+    x, history, index = named["x"], named["history"], named["slots"]
+    seen = named["positions"] if index is None else named["positions"][index]
+    between = torch.finfo(DTYPES[case.dtype]).eps / 2
+    off, off_history, begin = torch.zeros_like(x), torch.zeros_like(history), 0
+    for number, (weight, bias, d) in enumerate(zip(named["weights"], named["biases"], named["dilations"], strict=True)):
+        here = slice(begin, begin := begin + (case.K - 1) * d)
+
+        def convolved(x: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None, here: slice = here, d: int = d) -> Tensor:
+            """Of the states' part `here`, which x is then written to."""
+            state = states[:, here].mT
+            return streaming.causal_conv1d_update(x, state, weight, bias, None, seen, index, d, "none")
+
+        p = convolved(x, history.clone(), weight, bias)
+        sizes = convolved(x.abs(), history.abs(), weight.abs(), bias.abs())
+        moved = (unit + (2**-11 if number and case.dtype == "tf32" else 0)) * sizes + convolved(off, off_history, weight.abs(), None)
+        x = reference.activated(p, x, case.activation)
+        off = off + (unit + between) * x.abs() + _swing(case, reference.ACTIVATIONS[case.activation], p, moved)
+    return [off - between * x.abs(), off_history, torch.zeros_like(named["positions"])]
+
+
+def _slack_of_sums(case: Case, named: dict[str, Any], grad_p: Tensor, slack: Tensor) -> list[Tensor]:
+    """The gradients of the look-ups: sums of grad_p and grad_y over all steps of an id. In 16 bits PyTorch rounds every step's."""
+    unit = torch.finfo(torch.float64 if case.dtype == "fp64" else torch.float32).eps * (8 + case.B * case.T / 8)
+    unit += torch.finfo(DTYPES[case.dtype]).eps / 2 if DTYPES[case.dtype].itemsize == 2 else 0
+    sources = reference._sources(named["ids"], case.K, case.d, named["cu_seqlens"])
+    sizes = named["ids"], named["embedding"].abs(), named["weight"].abs(), sources
+    moved, terms = slack + unit * grad_p.abs(), unit * named["grad_y"].abs()
+    return list(reference.summed_by_id(moved, terms, *sizes))
+
+
+def _norm_terms(named: dict[str, Any]) -> Tensor:
+    """How large what a LayerNorm adds up is: the difference from the mean is that of two rounded numbers, and scaled."""
+    e = named["x"].mT
+    centred = e - e.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + named["eps"]).rsqrt()
+    return 2 * e.abs().amax(-1, keepdim=True) * scale * (1 + scale * centred.abs()) * named["weight"].abs() + named["bias"].abs()
 
 
 def _bent(named: dict[str, Any], p: Tensor) -> Tensor:
@@ -146,8 +209,10 @@ def _bent(named: dict[str, Any], p: Tensor) -> Tensor:
 
 def _rounded(op: str, args: tuple) -> tuple:
     """In fp64, what the products read rounded to the nearest TF32; a bias, a residual and a grad_y that only scales stay as they are."""
-    products = {"x", "weight", "initial_state", "embedding"} | ({"grad_y"} if "activation" not in _names(op) else set())
-    rounded = [_nearest_tf32(arg) if name in products and arg is not None else arg for name, arg in zip(_names(op), args, strict=True)]
+    products = {"x", "weight", "initial_state", "embedding", "history", "weights"} | (
+        {"grad_y"} if "activation" not in _names(op) else set()
+    )
+    rounded = [_each(arg, _nearest_tf32) if name in products else arg for name, arg in zip(_names(op), args, strict=True)]
     return _mapped(rounded, Tensor.double)
 
 
@@ -200,7 +265,14 @@ def _names(op: str) -> list[str]:
 
 
 def _mapped(args: Any, function: Callable[[Tensor], Tensor]) -> tuple:
-    return tuple(function(arg) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+    return tuple(_each(arg, lambda x: function(x) if x.is_floating_point() else x) for arg in args)
+
+
+def _each(arg: Any, function: Callable[[Tensor], Any]) -> Any:
+    """`function` of a tensor, of each in a list, and nothing of what else an op is given."""
+    if isinstance(arg, list):
+        return [_each(part, function) for part in arg]
+    return function(arg) if isinstance(arg, Tensor) else arg
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:

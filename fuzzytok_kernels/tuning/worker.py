@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -49,8 +49,13 @@ class Worker:
             raise WorkerError(result)
         return result
 
+    def kill(self) -> None:
+        """End the process, from any thread: the call that waits for it raises."""
+        if process := self._process:
+            process.kill()
+
     def close(self) -> None:
-        """End the process."""
+        """End the process, which no call waits for."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -97,9 +102,17 @@ def pool(function: str, processes: int) -> Iterator[Callable[..., Future]]:
     try:
         yield lambda *args: threads.submit(call, *args)
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.close()
+        end(threads, workers)
+
+
+def end(threads: ThreadPoolExecutor, workers: Sequence[Worker]) -> None:
+    """Give up what `threads` call of `workers`, one each."""
+    threads.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.kill()
+    threads.shutdown()
+    for worker in workers:
+        worker.close()
 
 
 def _serve(name: str, descriptor: int) -> None:
