@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources, launcher
+from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources, described, launcher
 from fuzzytok_kernels.tuning import Config
 
 
@@ -24,9 +24,9 @@ class Kernel:
 
     def __call__(self, *args: Any) -> None:
         if self._launch is not None:
-            self._launch(*args, *self._constants)
-        elif compiled := self._jit[self._grid](*args, *self._constants, **self._options):
-            self._launch = launcher(compiled, self._grid)
+            self._launch(*args)
+        elif compiled := self._jit[self._grid](*described(args), *self._constants, **self._options):
+            self._launch = launcher(compiled, self._grid, args, self._constants)
 
 
 def on(device: torch.device, launch: Callable) -> Callable:
