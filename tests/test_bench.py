@@ -158,6 +158,26 @@ def test_a_round_of_slow_calls_is_short(monkeypatch):
     assert calls.all == calls.copies[:1]
 
 
+@pytest.mark.skipif(INTERPRETED or ON_CUDA, reason="of the CPU's small grid")
+def test_a_run_that_is_interrupted_stores_the_rows_before(tmp_path):
+    run_python(f"""
+import json, pytest
+from pathlib import Path
+from bench import test_throughput
+told, rows = test_throughput.extra_info, []
+def interrupted(*args):
+    rows.append(told(*args))
+    if len(rows) > 2:
+        raise KeyboardInterrupt
+    return rows[-1]
+test_throughput.extra_info = interrupted
+path = Path({str(tmp_path / "bench.json")!r})
+status = pytest.main([test_throughput.__file__, "-q", "-p", "no:cacheprovider", f"--benchmark-json={{path}}"])
+assert status == pytest.ExitCode.INTERRUPTED
+assert len(json.loads(path.read_text("utf-8"))["benchmarks"]) == 2
+""")
+
+
 def test_switches():
     run_python("""
 import torch
