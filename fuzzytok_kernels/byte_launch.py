@@ -100,7 +100,9 @@ def _grad_plan(
     grad_of_p = _activation_grad(ids, embedding, weight, bias, dilation, activation, cu_seqlens, grad_strides)
     steps, pdl = _SHARE if facts(ids.device).descriptors else _SHARE // 2, has_pdl(ids.device)
     shares, block_c = cdiv(n_steps, steps), min(_SHARE_CHANNELS, _power_of_two(channels))
-    share = Kernel(share_kernel, shares * (K + 1), (wide, K, _precision(ids.device), pdl, steps, block_c), **launched(pdl), **_SHARE_OPTIONS)
+    share = Kernel(
+        share_kernel, shares * (K + 1), (wide, K, _precision(ids.device), pdl, steps, block_c), **launched(pdl), **_SHARE_OPTIONS
+    )
     sum_slots = Kernel(sum_slots_kernel, V * cdiv(width, _SUMMED[1]), (steps, products, pdl, *_SUMMED), **launched(pdl))
     numbers = (n_steps, T, V, channels, c_out, min(dilation, T), *_searches(cu_seqlens), _stride(cu_seqlens), *strides_of_p, *grad_strides)
 
@@ -131,7 +133,20 @@ def _look_up(
     programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize])
     approximate, pdl = approximates(embedding.dtype, ids.device), has_pdl(ids.device)
     parts = 2 if activation in GATES else 1
-    constants = (wide, K, parts, activation, grad_strides is not None, approximate, approximate and _PAIRS, pdl, _STORE, _READ, block_t, block_c)
+    constants = (
+        wide,
+        K,
+        parts,
+        activation,
+        grad_strides is not None,
+        approximate,
+        approximate and _PAIRS,
+        pdl,
+        _STORE,
+        _READ,
+        block_t,
+        block_c,
+    )
     kernel = Kernel(byte_conv_kernel, programs, constants, **launched(pdl))
     numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens), *(grad_strides or (0, 0)))
     return lambda *tensors: kernel(*tensors, *numbers)
@@ -148,9 +163,7 @@ def _activation_grad(
     make_table = _table(embedding, weight, bias, dtype)
     look_up = _look_up(ids, embedding, weight, dilation, activation, cu_seqlens, dtype, grad_strides)
 
-    def gradient(
-        grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
+    def gradient(grad_y: Tensor, ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         grad_p = embedding.new_empty((*ids.shape, weight.shape[0]))
         look_up(ids, make_table(embedding, weight, bias), cu_seqlens, grad_y, grad_p)
         return grad_p

@@ -95,7 +95,9 @@ def share_kernel(
         ahead = k * tl.cast(dilation, n.dtype)
         seen = inside & (t + ahead < T)
         seen = seen & (first_step(tl.where(seen, t + ahead, 0), cu_seqlens, n_sequences, n_searches, stride_s) <= t)
-        _sum(grad_p + (b * stride_pb + tl.where(seen, t + ahead, 0) * stride_pt)[:, None], seen, same, sums, slot, c_out, PRECISION, BLOCK_C)
+        _sum(
+            grad_p + (b * stride_pb + tl.where(seen, t + ahead, 0) * stride_pt)[:, None], seen, same, sums, slot, c_out, PRECISION, BLOCK_C
+        )
     else:
         _sum(grad_y + (b * stride_gb + t * stride_gt)[:, None], inside, same, sums, slot, channels, PRECISION, BLOCK_C)
 
