@@ -31,7 +31,7 @@ def verify_all(gpu: Gpu, skip: int = 0) -> int:
     plan = list(runs(gpu))
     random.Random(0).shuffle(plan)
     plan = plan[skip:]
-    verified, too_large, wrong = Counter[str](), 0, 0
+    verified, too_large, wrong, told = Counter[str](), 0, 0, set[Future]()
     with contextlib.ExitStack() as stack:
         futures = _verified(stack, gpu, plan)
         try:
@@ -42,18 +42,19 @@ def verify_all(gpu: Gpu, skip: int = 0) -> int:
                 except WorkerError as reason:
                     wrong += 1
                     tqdm.write(f"FAILED  {reason}: {jobs} with {config}")
-                    continue
+                    errors = []
                 too_large += errors.count(None)
-                for job, error in zip(jobs, errors, strict=True):
+                for job, error in zip(jobs, errors, strict=False):
                     if error is not None and error <= 1:
                         verified[job.problem.op] += 1
                     elif error is not None:
                         wrong += 1
                         tqdm.write(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
+                told.add(future)
                 bar.set_postfix_str(f"{sum(verified.values()):,} runs right, {wrong} wrong, {too_large} too large", refresh=False)
         except KeyboardInterrupt:
             pass
-        left = [number for number, future in enumerate(futures, skip) if not future.done()]
+        left = [number for number, future in enumerate(futures, skip) if future not in told]
         if left:
             print(f"stopped; {len(left):,} of {len(plan):,} configs were left: go on with --skip {left[0]}")
         for op, count in verified.items():
