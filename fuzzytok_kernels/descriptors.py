@@ -13,6 +13,8 @@ from fuzzytok_kernels.program import Kernel, cdiv
 
 _MOST = 2**31 - 2**16  # sides and bounds: any that a coordinate can be
 
+Described = tuple[Callable[[Tensor], TensorDescriptor], Tensor]  # as `private_triton.described` takes it
+
 
 class Traits(NamedTuple):
     """All that a plan, and a check, needs to know of a tensor."""
@@ -43,7 +45,7 @@ class Rows(NamedTuple):
         return cls([_MOST, _MOST, side], [2**64 // side - stride_t, stride_t, stride_t], [1, 1, block_t])
 
 
-def descriptor(shape: list[int], strides: list[int], block: list[int]) -> Callable[[Tensor], TensorDescriptor]:
+def descriptor(shape: list[int], strides: list[int], block: list[int]) -> Callable[[Tensor], Described]:
     """Makes the descriptor of any tensor that lies so. Triton checks the first alone, a plan's tensors being alike: 2 us -> 0.3."""
     fields: dict[str, Any] = {}
 
@@ -54,10 +56,10 @@ def descriptor(shape: list[int], strides: list[int], block: list[int]) -> Callab
         vars(made).update(fields, base=x)
         return made
 
-    return describe
+    return lambda x: (describe, x)
 
 
-def rows(x: Traits, block_t: int, block_c: int, packed: bool) -> Callable[[Tensor], TensorDescriptor]:
+def rows(x: Traits, block_t: int, block_c: int, packed: bool) -> Callable[[Tensor], Described]:
     """Makes the descriptor of [B, T, C] of an x (B, C, T), of its `channels_last` copy if it does not lie so already.
 
     Of [side, bound, step, C] if packed.
@@ -84,7 +86,7 @@ def channels_last(x: Traits) -> Callable[[Tensor], Tensor]:
     return copied
 
 
-def rows_or_columns(x: Traits, block_t: int, block_c: int, packed: bool) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
+def rows_or_columns(x: Traits, block_t: int, block_c: int, packed: bool) -> tuple[Callable[[Tensor], Described], bool]:
     """Makes the descriptor of `rows`, or of [B, C, T] where x lies so and T is aligned; says whether it is the first.
 
     The second for a tensor that is not shifted in time, so not a packed one: a shift by less than 16 bytes along the last axis is an
@@ -98,7 +100,7 @@ def rows_or_columns(x: Traits, block_t: int, block_c: int, packed: bool) -> tupl
 
 def taps(
     weight: Traits, axes: tuple, parts: int, block_in: int, block_out: int, rounded: bool
-) -> tuple[Callable[[Tensor], TensorDescriptor], bool]:
+) -> tuple[Callable[[Tensor], Described], bool]:
     """Makes the descriptor of a weight that `axes` turn into (K, C_out, C_in): [K, parts, C_out/parts, C_in], or [K, C_in, C_out].
 
     The second for a weight that lies so, and of one part; says whether it is the first. A weight that lies in neither way is copied, and
@@ -112,7 +114,7 @@ def taps(
         tile = 32
         round_taps = Kernel(rounded_taps_kernel, K * cdiv(c_out, tile) * cdiv(c_in, tile), (tile, tile))
 
-        def copied_and_rounded(weight: Tensor) -> TensorDescriptor:
+        def copied_and_rounded(weight: Tensor) -> Described:
             taps = weight.new_empty((K, c_out, c_in))
             round_taps(weight, taps, c_out, c_in, stride_k, stride_out, stride_in)
             return describe_copy(taps)

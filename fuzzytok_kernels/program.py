@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources, launcher
-from fuzzytok_kernels.support import facts
+from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources, described, launcher
 from fuzzytok_kernels.tuning import Config
 
 
@@ -25,9 +24,9 @@ class Kernel:
 
     def __call__(self, *args: Any) -> None:
         if self._launch is not None:
-            self._launch(*args, *self._constants)
-        elif compiled := self._jit[self._grid](*args, *self._constants, **self._options):
-            self._launch = launcher(compiled, self._grid)
+            self._launch(*args)
+        elif compiled := self._jit[self._grid](*described(args), *self._constants, **self._options):
+            self._launch = launcher(compiled, self._grid, args, self._constants)
 
 
 def on(device: torch.device, launch: Callable) -> Callable:
@@ -80,16 +79,6 @@ class _Threads(threading.local):
 
 
 _threads = _Threads()
-
-
-def has_pdl(device: torch.device) -> bool:
-    """Whether a launch may start before the one in front of it has ended: on Hopper and newer, as the descriptors."""
-    return device.type == "cuda" and facts(device).descriptors
-
-
-def launched(pdl: bool) -> dict[str, Any]:
-    """The option of a launch that may."""
-    return {"launch_pdl": True} if pdl else {}
 
 
 def cdiv(a: int, b: int) -> int:

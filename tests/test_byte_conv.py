@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "one block": Shape(),
-    "several shares, two blocks of channels": Shape(B=3, T=67, C=72, V=7),
+    "two blocks of channels": Shape(B=3, T=67, C=72, V=7),
     "one step": Shape(T=1),
     "T below the history": Shape(T=5),
     "primes": Shape(T=29, C=13, d=5, V=17),
@@ -216,21 +216,38 @@ def test_the_same_bits_every_time(activation, dtype, device):
     assert_same_bits(run(FOLDED, inputs), run(FOLDED, inputs))
 
 
+@pytest.fixture
+def planned_anew():
+    """Plans that a test makes with other constants are its own."""
+
+    def forget():
+        byte_launch._forward_plan.cache_clear(), byte_launch._grad_plan.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
 @needs_kernels
 @of_each_kind
-def test_offsets_of_64_bits(activation, device, monkeypatch):
+def test_offsets_of_64_bits(activation, device, monkeypatch, planned_anew):
     """What more than 2^31 elements take makes the same bits of few."""
     inputs = make_inputs(Shape(B=3, T=67, C=24, V=7), activation, torch.float32, device)
     want = run(FOLDED, inputs)
-    plans = byte_launch._forward_plan, byte_launch._grad_plan
     monkeypatch.setattr(byte_launch, "_is_wide", lambda *args: True)
-    try:
-        for plan in plans:
-            plan.cache_clear()
-        assert_same_bits(run(FOLDED, inputs), want)
-    finally:
-        for plan in plans:
-            plan.cache_clear()
+    planned_anew()
+    assert_same_bits(run(FOLDED, inputs), want)
+
+
+@needs_kernels
+@of_each_kind
+@pytest.mark.parametrize("starts", [None, [0, 3, 300, 640]], ids=["a batch", "packed"])
+def test_several_chunks_and_runs(activation, starts, device, strict, monkeypatch, planned_anew):
+    """As more than 16,384 steps make, of which an id has more than 512: here of 256 and of 32."""
+    monkeypatch.setattr(byte_launch, "_CHUNK", 256)
+    monkeypatch.setattr(byte_launch, "_RUN", 32)
+    shape = Shape(B=1, T=640, V=3) if starts else Shape(B=8, T=80, V=3)
+    assert_accurate(make_inputs(shape, activation, torch.float32, device, starts=starts))
 
 
 # ---- packed sequences
@@ -404,7 +421,7 @@ def test_cuda_graphs_in_a_fresh_process():
     run_python("""
 import torch
 from fuzzytok_kernels import FuzzyTokenizer
-torch.backends.cudnn.allow_tf32 = False  # or what Inductor's two LayerNorms round elsewhere grows to 5e-5
+torch.backends.cudnn.allow_tf32 = False  # or the last bit of Inductor's two LayerNorms becomes one of TF32's
 net = FuzzyTokenizer(dim=32, dilations=(1, 2)).cuda()
 compiled, graphless = torch.compile(net, mode="reduce-overhead", fullgraph=True), torch.compile(net, fullgraph=True)
 for _ in range(4):
@@ -414,8 +431,8 @@ for _ in range(4):
     got = y.detach().clone(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])
     y = graphless(ids)  # of the same kernels: eager ones round elsewhere, to 2e-5 apart
     want = y.detach(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other)
+    for one, other in zip(got, want, strict=True):  # Inductor's two LayerNorms differ in the last bit, which sums over 256 steps carry on
+        assert (one - other).norm() <= 1e-6 * other.norm()
 """)
 
 

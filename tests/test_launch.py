@@ -167,19 +167,6 @@ def test_weight_grad_in_groups_of_taps(kernel_path, taps, K, B, T, strict_dtype,
         assert_accurate(make_inputs(Problem(B, c_in=24, c_out=40, T=T, K=K, d=4), strict_dtype, device, "channels-last", "channels-last"))
 
 
-@needs_kernels
-@pytest.mark.parametrize("taps", [1, 3])
-@pytest.mark.parametrize("each", [2, 4])
-def test_weight_grad_with_a_slice_of_several_tiles_a_program(each, taps, strict_dtype, device, monkeypatch):
-    """Two whole slices and a last one of what is left of 14 blocks of time; its last program may have fewer tiles."""
-    from fuzzytok_kernels import launch, tuning
-
-    monkeypatch.setattr(launch, "slices", lambda steps, tiles, config, multiprocessors: (3, -(-steps * each // (2 * each + 1)), each))
-    problem = Problem(B=2, c_in=40, c_out=72, T=100, K=3, d=4)
-    with tuning.force(path="tma", TAPS=taps, BLOCK_T=16, BLOCK_C_IN=32, BLOCK_C_OUT=32):
-        assert_accurate(make_inputs(problem, strict_dtype, device, "channels-last", "channels-last"))
-
-
 @needs_cuda
 def test_first_launch_of_a_thread():
     """Also where PyTorch's allocator has memory at hand, so that nothing has made the device's context current in that thread yet."""

@@ -18,7 +18,7 @@ from bench.paper.config import ConfigurationError, ModelConfig, load_settings, m
 from bench.paper.evaluate import bits_per_byte, total_bits
 from bench.paper.matching import matched
 from bench.paper.models import LanguageModel, Size, parameter_counts
-from bench.paper.resampling import Pairs, auc
+from bench.paper.resampling import Pairs, Ranks
 from bench.paper.runs import Outcome, Place
 from bench.paper.train import OutOfTimeError, Training, rates
 from bench.paper.vocabulary import Vocabulary, byte_ids
@@ -228,10 +228,10 @@ def test_a_wrong_receptive_field_is_found(monkeypatch):
 def test_auc_is_the_share_of_pairs_in_order():
     same, other = np.array([0.9, 0.5, 0.2]), np.array([0.5, 0.1])
     by_hand = sum((a > b) + (a == b) / 2 for a in same for b in other) / 6
-    assert auc(same, other, np.ones(3), np.ones(2)) == pytest.approx(by_hand)
-    doubled = auc(np.append(same, 0.9), other, np.ones(4), np.ones(2))
-    assert auc(same, other, np.array([2.0, 1, 1]), np.ones(2)) == pytest.approx(doubled)
-    assert math.isnan(auc(same, other[:0], np.ones(3), np.ones(0)))
+    assert Ranks(same, other).auc(np.ones(3), np.ones(2)) == pytest.approx(by_hand)
+    doubled = Ranks(np.append(same, 0.9), other).auc(np.ones(4), np.ones(2))
+    assert Ranks(same, other).auc(np.array([2.0, 1, 1]), np.ones(2)) == pytest.approx(doubled)
+    assert math.isnan(Ranks(same, other[:0]).auc(np.ones(3), np.ones(0)))
 
 
 def test_figures_of_constructed_words():

@@ -1,6 +1,7 @@
 """The tables and the report of `bench.paper` on small sizes: what they count, say and write. No times are asserted."""
 
 import json
+import math
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from modes import DEVICE, ON_CUDA, needs_cuda, not_interpreted
 from paper_inputs import small_bundle, small_run
 
 from bench.grid import PAPER_SHAPES, Shape
-from bench.paper import beside, claims, costs, noises, prepare, resampling, runs, table1, table2, table2_text, traffic
+from bench.paper import beside, claims, costs, noises, prepare, resampling, runs, sweep, table1, table2, table2_text, traffic
 from bench.paper.__main__ import main
 
 pytestmark = not_interpreted
@@ -69,7 +70,7 @@ def made_up_run(name: str, seed: int, test: float) -> dict:
 def made_up_table2() -> dict:
     runs = {
         f"{name}-{seed}": made_up_run(name, seed, test)
-        for name, tests in {"fuzzytok-43": (2.0, 2.2), "bpe4096-conv": (1.5, 1.7)}.items()
+        for name, tests in {"fuzzytok-43": (2.0, 2.2), "bpe4096-conv": (1.5, 1.7), "bpe4096-transformer": (2.3, 2.5)}.items()
         for seed, test in enumerate(tests)
     }
     runs["unfinished"] = {
@@ -117,6 +118,7 @@ def test_table2_says_where_fuzzytok_loses():
     assert "| conv, BPE 4096 | 160 | -31.2% | 640 | -31.2% |" in text  # FuzzyTok needs more: the saving is negative
     assert "43 of 43" in text and "25.0% of cuts" in text and "| +0.250 |" in text and "training bytes/s" not in text
     assert "byte LSTM" not in text.split("Robustness")[1]
+    assert "Bar: FuzzyTok, RF 43 trains at >= 60%" in text
 
 
 def test_an_earlier_table_keeps_what_was_run_alike():
@@ -128,12 +130,13 @@ def test_an_earlier_table_keeps_what_was_run_alike():
 
 def test_every_defect_has_something_beside_it():
     figures = {"table1": made_up_table1(), "table2": made_up_table2()}
-    said = {key: beside.beside(key, figures) for _, key in claims.DEFECTS}
+    said = {key: beside.beside(key, figures) for _, key, _ in claims.DEFECTS}
     assert said["losses"].startswith("FuzzyTok, RF 43: 2.100 bits per byte of held-out text, 1.456 nats.")
-    assert said["memory"].startswith("210 MiB and 840 MiB, 4.00 times as much")
+    assert said["memory"].startswith("210 MiB and 840 MiB, 4.00 times as much") and said["memory"].endswith("-31.2%, 12.5%.")
+    assert said["table1"].startswith("-, 1.50x, 1.50x, 1.50x; our tuned kernels / its tiled one: 6.00x")
     assert said["cudnn"].startswith("F.conv1d + F.pad takes 2.00 times our time")
     assert said["radical"] == said["per_byte"] == said["fields"] == "not measured yet"
-    assert all(beside.beside(key, {}) for _, key in claims.DEFECTS)
+    assert all(beside.beside(key, {}) for _, key, _ in claims.DEFECTS)
 
 
 def test_the_commands_from_corpus_to_report(tmp_path, monkeypatch, capsys):
@@ -159,8 +162,6 @@ def test_the_commands_from_corpus_to_report(tmp_path, monkeypatch, capsys):
         and stored["facts"]["left"] is None
     )
     main(["radical", *options])
-    monkeypatch.setattr("bench.paper.sweep.model_names", lambda: names[:1])
-    main(["sweep", *options])
     main(["report", *options])
     text = (tmp_path / "results/report.md").read_text(encoding="utf-8")
     for wanted in (
@@ -169,7 +170,27 @@ def test_the_commands_from_corpus_to_report(tmp_path, monkeypatch, capsys):
         "bag of bytes",
         "byte 5-gram",
         "Not measured yet: table1.",
-        "| FuzzyTok, RF 29 | 0.001: ",
         "0.4110",
     ):
         assert wanted in text
+
+
+def test_table2_trains_at_the_rates_that_the_sweep_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(resampling, "_RESAMPLES", 10)
+    for module in (runs, sweep):
+        monkeypatch.setattr(module, "model_names", lambda: ["fuzzytok-29"])
+    small = small_run(small_bundle(), train_mib=0.002).settings
+    monkeypatch.setattr("bench.paper.__main__.load_settings", lambda name: small)
+    small_bundle().save(prepare.path_of(tmp_path, "smoke"))
+    options = ["--smoke", "--work", str(tmp_path), "--results", str(tmp_path / "results")]
+    main(["sweep", *options])
+    figures = json.loads((tmp_path / "results/sweep.json").read_text(encoding="utf-8"))["figures"]
+    best = sweep.best(figures)["FuzzyTok, RF 29"]
+    assert {rate for rate, _ in figures["FuzzyTok, RF 29"]} == {0.001, 0.002, 0.004}
+    assert min(bits for _, bits in figures["FuzzyTok, RF 29"]) == dict(figures["FuzzyTok, RF 29"])[best]
+    assert sweep.best({"FuzzyTok, RF 29": figures["FuzzyTok, RF 29"][:2]}) == {}  # not fair to the others
+    assert sweep.best({"diverged": [[0.5, math.nan], [1.0, 2.0], [2.0, 3.0]]}) == {"diverged": 1.0}
+    main(["table2", *options])
+    stored = json.loads((tmp_path / "results/table2.json").read_text(encoding="utf-8"))["figures"]["smoke"]["runs"]
+    assert [run["run"]["model"]["rate"] for run in stored.values()] == [best]
+    assert "| FuzzyTok, RF 29 | 0.001: " in (tmp_path / "results/report.md").read_text(encoding="utf-8")

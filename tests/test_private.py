@@ -176,6 +176,73 @@ assert warm[:3] == [7, 1, 1] and len(warm) == len(cold) and all(a is b or a == b
 """)
 
 
+def test_the_c_function_below_a_launcher():
+    """CudaLauncher's `launch`, in its closure `launcher`, make_tensordesc_arg, tensordesc_meta: else a launch takes 7 us, not 2.
+
+    That function is to be handed what Triton's own launch hands it, with the address of each tensor anew.
+    """
+    pytest.importorskip("triton")
+    run_python("""
+import types
+import torch, triton
+import triton.backends.nvidia.driver as nvidia
+from fuzzytok_kernels import launch, private_triton, support
+from fuzzytok_kernels.tuning import force
+from fuzzytok_kernels.tuning.compile import _Pretended
+
+class Map(list):
+    pass
+
+class Cuda(_Pretended):
+    launcher_cls = nvidia.CudaLauncher
+
+    def launch(self, *args):
+        launches.append([*args[:-1], *args[-1]] if isinstance(args[-1], (tuple, list)) else args)
+
+    def fill_tma_descriptor(self, *args):
+        encoded.append(args[0])
+        return Map(args)
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor  # from Triton 3.8 on
+
+    def build_signature_metadata(self, signature):
+        return b""
+
+launches, encoded, by_triton, whole = [], [], [], nvidia.CudaLauncher.__call__
+nvidia.CudaLauncher.__call__ = lambda *args: (by_triton.append(args), whole(*args))
+nvidia.PyKernelArg = dict
+nvidia.library_dirs, nvidia.compile_module_from_src = list, lambda **options: types.SimpleNamespace(launch=active.launch)  # in Triton 3.6
+active = Cuda(private_triton.GPUTarget("cuda", 90, 32))
+private_triton.driver.set_active(active)
+support.cpu_facts = support.Facts(multiprocessors=64, descriptors=True, tf32=True, tanh=True)
+runtime = triton.knobs.runtime
+runtime.launch_enter_hook = runtime.launch_exit_hook = None
+
+weight, bias = torch.empty(3, 64, 32, dtype=torch.bfloat16).permute(1, 2, 0), torch.empty(64, dtype=torch.bfloat16)
+kept, inputs = [], [torch.empty(2, 48, 32, dtype=torch.bfloat16).mT for _ in range(4)]
+
+def handed(x):
+    by_triton.clear()
+    encoded.clear()
+    kept.append(launch.causal_conv1d(x, weight, bias, 2))
+    names = {x.data_ptr(): "x", weight.data_ptr(): "weight", kept[-1].data_ptr(): "y", bias.data_ptr(): "bias"}
+    (args,) = launches
+    launches.clear()
+    address = {torch.Tensor: lambda arg: [names[arg.data_ptr()]], Map: lambda arg: [names[arg[0]], *arg[1:]]}
+    return [address.get(type(arg), lambda arg: arg)(arg) for arg in args]
+
+for path, descriptors in (("tma", 3), ("pointer", 0)):
+    with force(path=path, BLOCK_T=16, BLOCK_C_IN=16, BLOCK_C_OUT=32, num_warps=4, num_stages=2):
+        cold = handed(inputs[0])  # through Triton's binder
+        assert len(by_triton) == 2 and len(encoded) == descriptors, (by_triton, encoded)  # one of them notes what is handed
+        for x, more in ((inputs[0], descriptors), (inputs[0], 1), (inputs[1], 2), (inputs[0], 1)):
+            assert handed(x) == cold and not by_triton, (path, by_triton)
+            assert len(encoded) == min(more, descriptors), (path, encoded)  # y is always another here
+        private_triton._MOST_ENCODED = 2
+        assert all(handed(x) == cold and len(private_triton._encoded) <= 3 for x in inputs * 2)
+""")
+
+
 def test_compiling_for_a_gpu_that_is_not_there():
     """GPUTarget, DriverBase, driver, cuobjdump: without them `fuzzytok warmup` cannot compile ahead, nor leave out what spills.
 

@@ -7,15 +7,13 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from modes import INTERPRETED, ON_CUDA, needs_cuda, not_interpreted, run_python
 
 from fuzzytok_kernels import kernels, tuning
 from fuzzytok_kernels.tuning import Problem
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.lookup import shipped_folder, user_folder
-from fuzzytok_kernels.tuning.space import OPS, candidates, default_config, predicted, slices
+from fuzzytok_kernels.tuning.space import OPS, candidates, default_config, predicted
 from fuzzytok_kernels.tuning.store import path_of, read
 from fuzzytok_kernels.tuning.worker import Worker, WorkerError, pool
 
@@ -344,23 +342,3 @@ assert len(stored()) == 1, stored()
         FUZZYTOK_AUTOTUNE="1",
         FUZZYTOK_TUNING_DIR=str(tmp_path),
     )
-
-
-@pytest.mark.parametrize("path", ["tma", "pointer"])
-@given(steps=st.integers(1, 20_000), tiles=st.integers(1, 400), programs_per_sm=st.integers(1, 4))
-def test_slices_hold_all_blocks(steps, tiles, programs_per_sm, path):
-    config = OPS["causal_conv1d_weight_grad"].configs[0]._replace(path=path, programs_per_sm=programs_per_sm)
-    count, blocks, tiles_each = slices(steps, tiles, config, 132)
-    assert count * blocks >= steps  # none is left out
-    assert blocks <= 4096
-    if tiles_each > 1:
-        assert path == "tma"
-        assert (count - 1) * blocks < steps
-        assert (count - 1) * tiles + -(-tiles // tiles_each) <= 132 * programs_per_sm  # they all run at once
-        assert (steps - (count - 1) * blocks) * tiles_each <= blocks  # the last one is no longer than the others
-
-
-def test_slices_of_a_known_problem():
-    config = OPS["causal_conv1d_weight_grad"].configs[0]._replace(path="tma", programs_per_sm=1)
-    assert slices(1024, 24, config, 132) == (6, 187, 2)  # 5 whole ones would leave 12 of 132 multiprocessors idle
-    assert slices(512, 12, config, 132) == (11, 47, 1)

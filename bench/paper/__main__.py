@@ -1,7 +1,8 @@
 """`python3 -m bench.paper prepare|table1|table2|radical|sweep|report [--smoke]`: the paper's evaluation, one command a table.
 
 Runs lie in bench/paper/work, tables and the report in bench/paper/results; a command that is stopped, or whose time is up, goes on
-where it was when it is given again. table2 and sweep may run several times at once, one process a GPU: they share the runs out.
+where it was when it is given again. table2, radical and sweep may run several times at once, one process a GPU: they share the runs out.
+table2 trains at the rates that a sweep in the same results found best, where there is one: give it when the sweep is over.
 """
 
 import argparse
@@ -23,13 +24,12 @@ from bench.paper.config import ConfigurationError, Settings, load_settings
 from bench.paper.packages import MissingPackageError
 from bench.paper.prepare import CORPORA, prepare, prepare_smoke
 from bench.paper.runs import Place
-from bench.paper.train import OutOfTimeError
 from bench.results import slug
 from fuzzytok_kernels.tuning.gpu import versions
 
 FOLDER = Path(__file__).parent
 COMMANDS = ("prepare", "table1", "table2", "radical", "sweep", "report")
-_SHARED = ("table2", "sweep")  # several processes may work on them at once
+_SHARED = ("table2", "sweep", "radical")  # several processes may work on them at once
 Stored = dict[str, Any]  # the tables by name
 Collected = tuple[dict[str, Any], str | None]  # figures, and what is left to do
 
@@ -86,17 +86,17 @@ def _worked(options: argparse.Namespace, corpora: list[str], begin: float, store
         return lambda stored: (measured, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = Place(options.work / "runs" / slug(), device, begin + options.budget_seconds)
-    if options.command == "table2":
-        found = table2.work(options.work, corpora, _settings(options), place, _figures(stored, "table2"))
-        return lambda stored: table2.collected(found, _figures(stored, "table2"))
     if options.command == "sweep":
         swept = sweep.work(options.work, corpora[0], _settings(options), place)
         return lambda stored: sweep.collected(swept)
-    try:
-        rows = radical_table.measure(options.work, corpora, _settings(options), place, _figures(stored, "table2"))
-    except OutOfTimeError as error:
-        raise SystemExit(f"bench.paper: {error}; the same command goes on from there") from error
-    return lambda stored: (_figures(stored, "radical") | rows, None)
+    rates = sweep.best(_figures(stored, "sweep"))
+    found = table2.found_of(options.work, corpora, _settings(options), place, rates, _figures(stored, "table2"))
+    if options.command == "table2":
+        table2.work(found)
+        return lambda stored: table2.collected(found, _figures(stored, "table2"))
+    radical_table.work(found)
+    rows, left = radical_table.collected(found)
+    return lambda stored: (_figures(stored, "radical") | rows, left)
 
 
 def _figures(stored: Stored, name: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from bench.paper.config import REFERENCE
 from bench.paper.models import parameter_counts
 from bench.paper.table2_text import Model, models
 
+_MEMORY_RIVALS = ("bpe4096-conv", "bpe4096-transformer")  # of the two claims
+
 
 def beside(key: str, figures: dict[str, Any]) -> str:
     """What we have to say to one defect, with what was measured; "not measured" where it was not."""
@@ -45,8 +47,12 @@ def _per_byte(figures: dict[str, Any]) -> str:
 def _memory(figures: dict[str, Any]) -> str:
     _, found = _first(figures)
     peaks = [found[REFERENCE].measured("memory", shape) for shape in claims.MEMORY_SAVED]
-    more = peaks[1] / peaks[0]
-    return f"{peaks[0]:,.0f} MiB and {peaks[1]:,.0f} MiB, {more:.2f} times as much for four times the bytes; in % of each rival's below."
+    rivals = [found[name].measured("memory", shape) for name, shape in zip(_MEMORY_RIVALS, claims.MEMORY_SAVED, strict=True)]
+    saved = ", ".join(f"{1 - own / rival:.1%}" for own, rival in zip(peaks, rivals, strict=True))
+    return (
+        f"{peaks[0]:,.0f} MiB and {peaks[1]:,.0f} MiB, {peaks[1] / peaks[0]:.2f} times as much for four times the bytes; saved against the"
+        f" conv over BPE at the first and the Transformer over BPE at the second: {saved}."
+    )
 
 
 def _fields(figures: dict[str, Any]) -> str:
@@ -77,13 +83,22 @@ def _causality(figures: dict[str, Any]) -> str:
 
 
 def _table1(figures: dict[str, Any]) -> str:
-    return f"One convolution of 256 channels, forward and training apart, for {len(figures['table1']['rows'])} shapes."
+    rows = [ops["forward"] for ops in figures["table1"]["rows"].values()]
+    tiled = ", ".join(_times(row, "naive", "listing1") for row in rows)
+    return f"{tiled}; our tuned kernels / its tiled one: " + ", ".join(_times(row, "listing1", "ours") for row in rows)
+
+
+def _times(row: dict[str, Any], slower: str, faster: str) -> str:
+    times = [row.get(name, {}).get("us") for name in (slower, faster)]
+    return f"{times[0] / times[1]:.2f}x" if all(times) else "-"
 
 
 def _traffic(figures: dict[str, Any]) -> str:
     rows = figures["table1"]["traffic"]["rows"]
-    sums = {name: sum(row["requested"].values()) / (1 << 20) for name, row in rows.items() if row["requested"]}
-    return "Asked for by the programs, MiB of x and weight: " + ", ".join(f"{name} {value:,.0f}" for name, value in sums.items())
+    asked = {name: sum(row["requested"].values()) / (1 << 20) for name, row in rows.items() if row["requested"]}
+    counted = {name: row["measured"]["l2"] / (1 << 20) for name, row in rows.items() if "l2" in row.get("measured", {})}
+    text = "Asked for by the programs, MiB of x and weight: " + ", ".join(f"{name} {value:,.0f}" for name, value in asked.items())
+    return text + ("; through the L2: " + ", ".join(f"{name} {value:,.0f}" for name, value in counted.items()) if counted else "")
 
 
 def _cudnn(figures: dict[str, Any]) -> str:
@@ -105,8 +120,8 @@ _BESIDE: dict[str, Callable[[dict[str, Any]], str]] = {
     "radical": _radical,
     "causality": _causality,
     "table1": _table1,
-    "tensor_cores": lambda figures: "bf16 products on the tensor cores of the GPU named above; fp32 is a row of the op's own bench.",
-    "versions": lambda figures: "The versions of each table stand above.",
+    "tensor_cores": lambda figures: "bf16 products on the tensor cores of the GPU named above",
+    "versions": lambda figures: "those of each table stand above",
     "cudnn": _cudnn,
     "corpus": lambda figures: "Pinned packages, a split by document, seeds and their spread; training bytes are counted, not epochs.",
     "traffic": _traffic,

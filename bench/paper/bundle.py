@@ -77,7 +77,7 @@ class Bundle:
 class _Streams(Mapping[tuple[str, str], np.ndarray]):
     def __init__(self, path: Path, keys: list[tuple[str, str]]) -> None:
         self.path, self.keys_ = path, keys
-        self._read = functools.lru_cache(maxsize=4)(self._unpacked)
+        self._read = functools.cache(self._unpacked)
 
     def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
         if key not in self.keys_:

@@ -110,9 +110,17 @@ class Lstm(nn.Module):
         # Autocast runs LSTMs in fp16, whatever its dtype is: too narrow for the gradients of a mean over 65,536 ids.
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            weights = [weight.to(dtype) for weight in self.layers.parameters()]
             state = x.new_zeros(self.layers.num_layers, len(x), x.shape[2], dtype=dtype)
+            weights = self._weights(dtype)
             return torch.lstm(x.to(dtype), (state, state), weights, True, self.layers.num_layers, 0.0, self.training, False, True)[0]
+
+    def _weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """Parts of one tensor in cuDNN's order, matrices before biases: from tensors apart it would make one at every call."""
+        weights = list(self.layers.parameters())
+        ordered = sorted(range(len(weights)), key=lambda place: -weights[place].dim())
+        flat = torch.cat([weights[place].flatten() for place in ordered]).to(dtype)
+        parts = dict(zip(ordered, flat.split([weights[place].numel() for place in ordered]), strict=True))
+        return [parts[place].view_as(weight) for place, weight in enumerate(weights)]
 
 
 class Transformer(nn.Module):
@@ -154,7 +162,7 @@ class _Layer(nn.Module):
 
 def _rotations(length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine, (T, HEAD_DIM / 2) each, of the angle of each position and pair."""
-    rates = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2, device=like.device) / HEAD_DIM)
+    rates = (torch.arange(0, HEAD_DIM, 2, device=like.device) * (-math.log(10000.0) / HEAD_DIM)).exp()
     angles = torch.arange(length, device=like.device)[:, None] * rates
     return angles.cos(), angles.sin()
 

@@ -1,15 +1,13 @@
-"""The radical ratio's table: the runs of Table 2, their models before training, a bag of bytes and character trigrams."""
+"""The radical ratio's table: from the runs of Table 2, their models before training, a bag of bytes and character trigrams."""
 
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from bench.paper.bundle import Bundle
-from bench.paper.config import Settings
-from bench.paper.prepare import path_of
 from bench.paper.radical import of_baselines
-from bench.paper.runs import Place, outcomes
+from bench.paper.runs import Outcome
+from bench.paper.sharing import work_off
+from bench.paper.table2 import Found
 from bench.report import table
 
 COLUMNS = {
@@ -20,25 +18,30 @@ COLUMNS = {
 }
 
 
-def measure(work: Path, corpora: list[str], settings: Settings, place: Place, table2: dict[str, Any]) -> dict[str, Any]:
-    """By corpus, row and language; what Table 2 has not trained is trained now.
+def work(found: Found) -> None:
+    """What Table 2 has left to do of it, as far as the time goes."""
+    trained = _trained(found)
+    work_off((each, each.untrained) for each in trained if each.first)
+    work_off((each, each.evaluate) for each in trained)
 
-    Raises:
-        OutOfTimeError: not all of it could be.
-    """
+
+def collected(found: Found) -> tuple[dict[str, Any], str | None]:
+    """By corpus, row and language, one entry a seed; and what is left to do."""
     figures: dict[str, Any] = {}
-    for name in corpora:
-        bundle = Bundle.load(path_of(work, name))
-        rows: dict[str, list[dict[str, Any]]] = {label: [row] for label, row in of_baselines(bundle).items()}
-        found = [each for each in outcomes(bundle, settings, place, table2.get(name, {}).get("runs", {})) if each.run.model.trained]
-        for outcome in found:
-            if outcome.run.seed == settings.seeds[name][0]:
-                rows[f"{outcome.run.model.label}, untrained"] = [outcome.untrained()]
-        for outcome in found:
-            outcome.evaluate()
-            rows.setdefault(outcome.run.model.label, []).append(outcome.figures["radical"])
-        figures[name] = {"rows": rows, "languages": list(bundle.facts["families"])}
-    return figures
+    for name, some in found.items():
+        rows: dict[str, list[dict[str, Any]]] = {label: [row] for label, row in of_baselines(some[0].bundle).items()}
+        for each in some:
+            each.read()
+            for label, figure in ((f"{each.run.model.label}, untrained", "untrained"), (each.run.model.label, "radical")):
+                if figure in each.figures:
+                    rows.setdefault(label, []).append(each.figures[figure])
+        figures[name] = {"rows": rows, "languages": list(some[0].bundle.facts["families"])}
+    left = [each.run.name for each in _trained(found) if "radical" not in each.figures or (each.first and "untrained" not in each.figures)]
+    return figures, f"{len(left)} runs are left to do, {left[0]} the first of them" if left else None
+
+
+def _trained(found: Found) -> list[Outcome]:
+    return [each for some in found.values() for each in some if each.run.model.trained]
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -46,14 +49,14 @@ def text(figures: dict[str, Any]) -> str:
     parts = ["## The radical ratio", _METHOD]
     for corpus, found in figures.items():
         for language in found["languages"]:
-            lines = [(label, *_cells([row[language] for row in rows])) for label, rows in found["rows"].items()]
+            lines = [(label, str(len(rows)), *_cells([row[language] for row in rows])) for label, rows in found["rows"].items()]
             counts = next(iter(found["rows"].values()))[0][language]["counts"]
             parts.append(
                 f"### {language.capitalize()} words, models of the {corpus} corpus\n\n"
                 f"{counts['families']} families of {counts['words']} words; {counts['same']:,} pairs of one family, "
                 f"{counts['random']:,} random ones, {counts['prefix']:,} with the same first letters."
             )
-            parts.append(table(("", *COLUMNS.values()), lines))
+            parts.append(table(("", "seeds", *COLUMNS.values()), lines))
     return "\n\n".join(parts)
 
 

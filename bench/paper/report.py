@@ -68,5 +68,5 @@ def _pictures(table2: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _defects(figures: dict[str, Any]) -> str:
-    lines = ((what, beside(key, figures)) for what, key in claims.DEFECTS)
-    return "## What is wrong with the paper's figures, and ours beside them\n\n" + table(("in the paper", "here"), lines)
+    lines = ((printed, beside(key, figures), why) for printed, key, why in claims.DEFECTS)
+    return "## The paper's figures, ours, and why they differ\n\n" + table(("the paper's", "ours", "why they differ"), lines)

@@ -16,13 +16,18 @@ class Pairs(NamedTuple):
     prefix: np.ndarray
 
 
-def auc(same: np.ndarray, other: np.ndarray, same_weights: np.ndarray, other_weights: np.ndarray) -> float:
-    """The weighted share of pairs (one of `same`, one of `other`) where the first is larger; a tie is half a pair. nan without pairs."""
-    order = np.argsort(other, kind="stable")
-    before = np.concatenate([[0.0], np.cumsum(other_weights[order])])
-    below, up_to = (before[np.searchsorted(other[order], same, side=side)] for side in ("left", "right"))
-    total = same_weights.sum() * before[-1]
-    return float(same_weights @ (below + up_to) / 2 / total) if total else float("nan")
+class Ranks:
+    """Of `same` (N,) among `other` (M,), found once for all resamples."""
+
+    def __init__(self, same: np.ndarray, other: np.ndarray) -> None:
+        self.order = np.argsort(other, kind="stable")
+        self.below, self.up_to = (np.searchsorted(other[self.order], same, side=side) for side in ("left", "right"))
+
+    def auc(self, same_weights: np.ndarray, other_weights: np.ndarray) -> float:
+        """The weighted share of pairs (one of `same`, one of `other`) where the first is larger; a tie is half; nan without pairs."""
+        before = np.concatenate([[0.0], np.cumsum(other_weights[self.order])])
+        total = same_weights.sum() * before[-1]
+        return float(same_weights @ (before[self.below] + before[self.up_to]) / 2 / total) if total else float("nan")
 
 
 def figures(vectors: np.ndarray, families: np.ndarray, pairs: Pairs, seed: int = 0) -> dict[str, list[float | None]]:
@@ -33,10 +38,10 @@ def figures(vectors: np.ndarray, families: np.ndarray, pairs: Pairs, seed: int =
     """
     raw = [_cosines(vectors, each) for each in pairs]
     centred = [_cosines(vectors - vectors.mean(0), each) for each in pairs]
+    ranks = [Ranks(centred[0], other) for other in centred[1:]]
     count = int(families.max()) + 1
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    rows = [_row(raw, centred, _weighed(np.ones(count), families, pairs))]
-    rows += [_row(raw, centred, _weighed(each.astype(float), families, pairs)) for each in weights]
+    rows = [_row(raw, centred, ranks, _weighed(each, families, pairs)) for each in (np.ones(count), *weights.astype(float))]
     result = {}
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
@@ -46,7 +51,7 @@ def figures(vectors: np.ndarray, families: np.ndarray, pairs: Pairs, seed: int =
     return result
 
 
-def _row(raw: list[np.ndarray], centred: list[np.ndarray], weights: list[np.ndarray]) -> dict[str, float]:
+def _row(raw: list[np.ndarray], centred: list[np.ndarray], ranks: list[Ranks], weights: list[np.ndarray]) -> dict[str, float]:
     same, random = (_mean(values, weight) for values, weight in zip(raw[:2], weights[:2], strict=True))
     centred_same, centred_random = (_mean(values, weight) for values, weight in zip(centred[:2], weights[:2], strict=True))
     return {
@@ -54,8 +59,8 @@ def _row(raw: list[np.ndarray], centred: list[np.ndarray], weights: list[np.ndar
         "same": same,
         "random": random,
         "gap": centred_same - centred_random,
-        "auc_random": auc(centred[0], centred[1], weights[0], weights[1]),
-        "auc_prefix": auc(centred[0], centred[2], weights[0], weights[2]),
+        "auc_random": ranks[0].auc(weights[0], weights[1]),
+        "auc_prefix": ranks[1].auc(weights[0], weights[2]),
     }
 
 

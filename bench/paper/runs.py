@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from bench.paper.radical import of_model
 from bench.paper.train import OutOfTimeError, Training
 
 _EVALUATIONS = {"training", "test", "robustness", "causality", "radical"}
+_COMPILE_SECONDS = 60.0
+_BY_STEP_TIME = ("lstm", "transformer", "conv", "conv1d")
 
 
 class Place(NamedTuple):
@@ -42,6 +44,11 @@ class Outcome:
         self.figures: dict[str, Any] = self._kept() or self._taken(earlier)
 
     @property
+    def first(self) -> bool:
+        """Whether its seed is the first of its corpus."""
+        return self.run.seed == self.run.settings.seeds[self.run.corpus][0]
+
+    @property
     def lock(self) -> Path:
         """Held by the process that works on the run."""
         return self.folder / ".lock"
@@ -50,14 +57,14 @@ class Outcome:
         """The figures that another process may have stored by now."""
         self.figures |= self._kept()
 
-    def figure(self, name: str, make: Callable[[], Any]) -> Any:
+    def figure(self, name: str, make: Callable[[], Any], seconds: float = 0.0) -> Any:
         """The stored figure, or `make()`, stored.
 
         Raises:
-            OutOfTimeError: it is not there, and the time is up.
+            OutOfTimeError: it is not there, and the time is up, or would be before it is made in about so many seconds.
         """
         if name not in self.figures:
-            if time.monotonic() >= self.place.deadline:
+            if time.monotonic() + seconds >= self.place.deadline:
                 raise OutOfTimeError(f"{self.run.name}: {name} is left to do")
             begin = time.monotonic()
             self.figures[name] = make()
@@ -104,8 +111,8 @@ class Outcome:
         self.figure("speed", lambda: speed(self.run, self.place.device))
 
     def compiled(self) -> None:
-        """The speed of the step compiled by PyTorch, on a GPU: most of a minute to compile."""
-        self.figure("compiled_ms", lambda: compiled_ms(self.run, self.place.device))
+        """The speed of the step compiled by PyTorch, on a GPU."""
+        self.figure("compiled_ms", lambda: compiled_ms(self.run, self.place.device), _COMPILE_SECONDS)
 
     def _evaluated(self, evaluation: Callable[[LanguageModel], Any]) -> Any:
         return evaluation(self.trained())
@@ -154,9 +161,18 @@ class Outcome:
         unfinished.replace(self.folder / "result.json")
 
 
-def outcomes(bundle: Bundle, settings: Settings, place: Place, earlier: dict[str, Any]) -> list[Outcome]:
-    """All runs on a corpus, seed by seed, so that a table that is not finished has every model; `earlier` are stored ones by name."""
+def longest_first(some: Iterable[Outcome]) -> list[Outcome]:
+    """So that processes that share them end together."""
+    return sorted(some, key=lambda each: _BY_STEP_TIME.index(each.run.size.kind))
+
+
+def outcomes(bundle: Bundle, settings: Settings, place: Place, rates: dict[str, float], earlier: dict[str, Any]) -> list[Outcome]:
+    """All runs on a corpus, seed by seed, so that a table that is not finished has every model.
+
+    `rates` are learning rates by label, for those that have a better one than their config's; `earlier` are stored runs by name.
+    """
     models = [ModelConfig.load(name) for name in model_names()]
+    models = [model._replace(rate=rates.get(model.label, model.rate)) for model in models]
     seeds = settings.seeds[bundle.facts["name"]]
     runs = [resolve(model, bundle, settings, seed) for seed in seeds for model in models if model.trained or seed == seeds[0]]
     return [Outcome(run, bundle, place, earlier.get(run.name, {})) for run in runs]

@@ -12,7 +12,7 @@ from bench.paper.train import OutOfTimeError
 
 
 def work_off(jobs: Iterable[tuple[Outcome, Callable[[], object]]]) -> None:
-    """Do the jobs that no other process does or did, until there are none or the time is up. One that fails costs itself alone."""
+    """Do the jobs that no other process does or did, until there are none, the time is up or Ctrl-C. One that fails costs itself alone."""
     for outcome, job in jobs:
         try:
             with FileLock(outcome.lock, timeout=0):
@@ -20,7 +20,8 @@ def work_off(jobs: Iterable[tuple[Outcome, Callable[[], object]]]) -> None:
                 job()
         except Timeout:
             continue
-        except OutOfTimeError:
+        except (OutOfTimeError, KeyboardInterrupt) as stop:
+            print(f"bench.paper: {outcome.run.name} stopped: {stop or 'interrupted'}", file=sys.stderr)
             return
         except ConfigurationError:
             raise

@@ -62,14 +62,17 @@ def _row(shape: Shape, op: str, rival: str) -> dict[str, Any]:
 
 
 def _launched(calls: Calls) -> float:
-    """Microseconds of a call from Python, none waited for but the last."""
+    """Microseconds of a call from Python, none waited for but the last of a round; the median round, for the first ones allocate."""
     many = (calls.copies * _LAUNCHED)[: _LAUNCHED if DEVICE == "cuda" else 4]
-    _synchronize()
-    begin = time.perf_counter()
-    for call in many:
-        call()
-    _synchronize()
-    return (time.perf_counter() - begin) * 1e6 / len(many)
+    rounds = []
+    for _ in range(5):
+        _synchronize()
+        begin = time.perf_counter()
+        for call in many:
+            call()
+        _synchronize()
+        rounds.append((time.perf_counter() - begin) * 1e6 / len(many))
+    return statistics.median(rounds)
 
 
 def _synchronize() -> None:

@@ -7,19 +7,25 @@ from typing import Any
 from bench.paper.bundle import Bundle
 from bench.paper.config import Settings
 from bench.paper.prepare import path_of
-from bench.paper.runs import Outcome, Place, outcomes
+from bench.paper.runs import Outcome, Place, longest_first, outcomes
 from bench.paper.sharing import work_off
 
 Found = dict[str, list[Outcome]]  # by corpus
 
 
-def work(folder: Path, corpora: Sequence[str], settings: Settings, place: Place, stored: dict[str, Any]) -> Found:
-    """The runs on these corpora, worked off as far as the time goes; `stored` is an earlier table."""
+def found_of(
+    folder: Path, corpora: Sequence[str], settings: Settings, place: Place, rates: dict[str, float], stored: dict[str, Any]
+) -> Found:
+    """The runs on these corpora, with what is known of them; `stored` is an earlier table."""
     found = {}
     for name in corpora:
-        found[name] = outcomes(Bundle.load(path_of(folder, name)), settings, place, stored.get(name, {}).get("runs", {}))
-    work_off(_jobs(found))
+        found[name] = outcomes(Bundle.load(path_of(folder, name)), settings, place, rates, stored.get(name, {}).get("runs", {}))
     return found
+
+
+def work(found: Found) -> None:
+    """Work them off as far as the time goes."""
+    work_off(_jobs(found))
 
 
 def collected(found: Found, stored: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -54,13 +60,13 @@ def _jobs(found: Found) -> Iterator[tuple[Outcome, Callable[[], object]]]:
 
 
 def _ranked(some: Sequence[Outcome]) -> Iterator[tuple[int, Outcome]]:
-    """Each with the number of its seed; the LSTMs, which take longest, before the others."""
+    """Each with the number of its seed."""
     seeds = list(dict.fromkeys(each.run.seed for each in some))
-    for each in sorted(some, key=lambda each: each.run.size.kind != "lstm"):
+    for each in longest_first(some):
         yield seeds.index(each.run.seed), each
 
 
 def _costed(found: Found) -> list[Outcome]:
     """One of each model, on the first corpus, where there is a GPU."""
     some = next(iter(found.values()))
-    return [each for each in some if each.place.device.type == "cuda" and each.run.seed == some[0].run.seed]
+    return [each for each in some if each.place.device.type == "cuda" and each.first]

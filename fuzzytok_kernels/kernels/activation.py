@@ -6,9 +6,12 @@ exact GELU takes its normal distribution from Abramowitz and Stegun, formula 7.1
 the derivative shares.
 
 APPROXIMATE is for results in bf16, on GPUs that have a tanh of their own (`support.approximates`): one instruction, and off by 2^-11 of
-itself at most, where a result is rounded by 2^-9. SiLU then takes three instructions, and exact GELU nine: its normal distribution is
-1/2 + 1/2 tanh of a polynomial, fitted to be off by less than 3.1e-5. In fp16, as fine as that tanh, the error rule would not hold; nor
-anywhere for a density made of it, 1 - tanh^2, whose error counts |p| times where nothing should be left.
+itself at most, as PTX promises, where a result is rounded by 2^-9. SiLU then takes three instructions, and exact GELU nine: its normal
+distribution is 1/2 + 1/2 tanh of a polynomial, fitted to be off by less than 3.1e-5. A block's forward went from 1.29 to 1.20 times the
+plain one with SiLU, from 1.39 to 1.24 with tanh GELU and from 1.47 to 1.27 with exact GELU; with ReLU it is 1.18, for the residual's sake
+(C=256, B*T=65,536, raced on an H200). In fp16, as fine as that tanh, the error rule would not hold; nor anywhere for a density made of it,
+1 - tanh^2, whose error counts |p| times where nothing should be left. Hopper's tanh is off by 1.1e-5 at most (rms 4.5e-6), 46 times less
+than the promise, which alone is relied on.
 """
 
 import triton

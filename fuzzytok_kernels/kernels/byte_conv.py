@@ -8,7 +8,6 @@ last row of the table is both, so that no look-up has a mask for steps.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.profile import byte_name, moved_metadata
@@ -23,9 +22,9 @@ def byte_conv_kernel(
     ids, table, cu_seqlens, grad_y, y,
     B, T, n_ids, channels, dilation, n_sequences, n_searches, stride_ib, stride_it, stride_s, stride_gb, stride_gt,
     WIDE: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GRAD: tl.constexpr, APPROXIMATE: tl.constexpr,
-    PAIRS: tl.constexpr, PDL: tl.constexpr, STORE: tl.constexpr, READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """ids (B, T), table [V + 1, K * C_out + C], cu_seqlens or None -> y contiguous [B, T, C]; and, of grad_y [B, T, C] (GRAD), in place of y
+    """ids (B, T), table [V + 1, K * C_out + C], cu_seqlens or None -> y contiguous [B, T, C]; if GRAD, of grad_y [B, T, C], in place of y
     the gradient [B, T, C_out] before the activation.
 
     Persistent: as many programs as a multiple of the blocks of 2 * BLOCK_C channels. Two blocks share what leads to their rows, a fifth of
@@ -39,37 +38,29 @@ def byte_conv_kernel(
     first_tile, stride = pid // n_c, tl.num_programs(0) // n_c
     b, block = (first_tile // n_t).to(tl.int64 if WIDE else tl.int32), first_tile % n_t
     rows_on, blocks_on = stride // n_t, stride % n_t
-    wait(PDL)
     for _ in range(first_tile, B * n_t, stride):
         step = block.to(b.dtype) * BLOCK_T + tl.arange(0, BLOCK_T)
         row, t = ids + b * stride_ib, tl.minimum(step, T - 1)
-        first = first_step(t, cu_seqlens, n_sequences, n_searches, stride_s)
-        rows = sources(row, t, first, n_ids, dilation, stride_it, K)
+        first = _first_step(t, cu_seqlens, n_sequences, n_searches, stride_s)
+        rows = _sources(row, t, first, n_ids, dilation, stride_it, K)
         out, inside = ((b * T + step) * (OUT * channels))[:, None], (step < T)[:, None]
         for half in tl.static_range(0, 2 * BLOCK_C, BLOCK_C):
             mask, to = inside & (c + half < channels)[None, :], (out_columns + half)[None, :] + out
-            p = _pre_activation(columns + half, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS, PAIRS)
+            p = _pre_activation(columns + half, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS)
             if PARTS == 2:
-                by = _pre_activation(columns + half + channels, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS, PAIRS)
+                by = _pre_activation(columns + half + channels, rows, row, t, first, n_ids, channels, dilation, stride_it, K, PARTS)
             if GRAD:
                 at = (grad_y + half + c)[None, :] + (b * stride_gb + step * stride_gt)[:, None]
-                if READ == "first":
-                    grad = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-                else:
-                    grad = tl.load(at, mask=mask, other=0.0, cache_modifier=READ)
-                grad = grad.to(tl.float32)
+                grad = tl.load(at, mask=mask, other=0.0).to(tl.float32)
                 if PARTS == 2:
                     value, right = gate_grads(p, by, grad, ACTIVATION)
                     tl.store(to + channels, right.to(y.dtype.element_ty), mask=mask)
                 else:
                     value = derivative(p, ACTIVATION, APPROXIMATE) * grad
             else:
-                e = looked_up(columns + half + K * PARTS * channels, rows[0], channels, K, PARTS)
-                if PARTS == 2:
-                    value = e + gate(p, by, ACTIVATION, APPROXIMATE)
-                else:
-                    value = e + activate(p, ACTIVATION, APPROXIMATE)
-            tl.store(to, value.to(y.dtype.element_ty), mask=mask, cache_modifier=STORE)
+                e = _looked_up(columns + half + K * PARTS * channels, rows[0], channels, K, PARTS)
+                value = e + (gate(p, by, ACTIVATION, APPROXIMATE) if PARTS == 2 else activate(p, ACTIVATION, APPROXIMATE))
+            tl.store(to, value.to(y.dtype.element_ty), mask=mask)
         block += blocks_on  # a division for each tile took 25 of 430 instructions
         carry = (block >= n_t).to(tl.int32)
         block -= carry * n_t
@@ -77,47 +68,23 @@ def byte_conv_kernel(
 
 
 @triton.jit
-def _pre_activation(
-    columns, rows, row, t, first, n_ids, channels, dilation, stride_it, K: tl.constexpr, PARTS: tl.constexpr, PAIRS: tl.constexpr
-):
+def _pre_activation(columns, rows, row, t, first, n_ids, channels, dilation, stride_it, K: tl.constexpr, PARTS: tl.constexpr):
     """[T, C] in fp32: K look-ups, the bias among them."""
-    if PAIRS and K > 1 and K <= 8:  # an addition of two in bf16, for two results at once, and half the conversions
-        p = widened(_pair(looked(columns, rows[0], channels, K, PARTS), looked(columns + PARTS * channels, rows[1], channels, K, PARTS)))
-        for k in tl.static_range(3, K, 2):
-            one = looked(columns + (k - 1) * PARTS * channels, rows[k - 1], channels, K, PARTS)
-            p += widened(_pair(one, looked(columns + k * PARTS * channels, rows[k], channels, K, PARTS)))
-        if K % 2 == 1:
-            p += looked_up(columns + (K - 1) * PARTS * channels, rows[K - 1], channels, K, PARTS)
+    p = _looked_up(columns, rows[0], channels, K, PARTS)
+    if K <= 8:  # unrolled, so that all look-ups are under way at once
+        for k in tl.static_range(1, K):
+            p += _looked_up(columns + k * PARTS * channels, rows[k], channels, K, PARTS)
     else:
-        p = looked_up(columns, rows[0], channels, K, PARTS)
-        if K <= 8:  # unrolled, so that all look-ups are under way at once
-            for k in tl.static_range(1, K):
-                p += looked_up(columns + k * PARTS * channels, rows[k], channels, K, PARTS)
-        else:
-            for k in range(1, K):
-                p += looked_up(columns + k * PARTS * channels, row_back(row, t, k, first, n_ids, dilation, stride_it), channels, K, PARTS)
+        for k in range(1, K):
+            p += _looked_up(columns + k * PARTS * channels, _row_back(row, t, k, first, n_ids, dilation, stride_it), channels, K, PARTS)
     return p
 
 
 @triton.jit
-def _pair(one, other):
-    """Their sum in bf16, two in an instruction."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 o; mov.b32 o, 0x3f803f80; fma.rn.bf16x2 $0, $1, o, $2; }", "=r,r,r", [one, other],
-        dtype=tl.bfloat16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
-def looked(columns, rows, channels, K: tl.constexpr, PARTS: tl.constexpr):
-    """[T, C], from where row 0 of the table has these columns. Without a mask: columns that there are not are those of the next
+def _looked_up(columns, rows, channels, K: tl.constexpr, PARTS: tl.constexpr):
+    """[T, C] in fp32, from where row 0 of the table has these columns. Without a mask: columns that there are not are those of the next
     row, or lie in what the launcher allocates behind the last one."""
-    return tl.load(columns[None, :] + (rows * ((K * PARTS + 1) * channels))[:, None])
-
-
-@triton.jit
-def widened(value):
-    """In fp32."""
+    value = tl.load(columns[None, :] + (rows * ((K * PARTS + 1) * channels))[:, None])
     if value.dtype == tl.bfloat16:  # of two in a register the upper takes one instruction so, and the compiler's own conversion two
         return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -125,30 +92,16 @@ def widened(value):
 
 
 @triton.jit
-def looked_up(columns, rows, channels, K: tl.constexpr, PARTS: tl.constexpr):
-    """As `looked`, in fp32."""
-    return widened(looked(columns, rows, channels, K, PARTS))
-
-
-@triton.jit
-def wait(PDL: tl.constexpr):
-    """Until all launches before this one have ended; from then on the next one may start."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
-@triton.jit
-def sources(row, t, first, n_ids, dilation, stride_it, K: tl.constexpr):
+def _sources(row, t, first, n_ids, dilation, stride_it, K: tl.constexpr):
     """For each of up to 8 taps the row of the table [T] that it looks up. Of more taps, the first's."""
     rows = (row_of(row, t, n_ids, stride_it),)
     for k in tl.static_range(1, K if K <= 8 else 1):
-        rows = rows + (row_back(row, t, k, first, n_ids, dilation, stride_it),)  # type: ignore[assignment]
+        rows = rows + (_row_back(row, t, k, first, n_ids, dilation, stride_it),)  # type: ignore[assignment]
     return rows
 
 
 @triton.jit
-def row_back(row, t, k, first, n_ids, dilation, stride_it):
+def _row_back(row, t, k, first, n_ids, dilation, stride_it):
     """[T]: the table's rows of the ids k*d steps back, its last where that is another sequence's step."""
     source = t - k * tl.cast(dilation, t.dtype)
     seen = source >= first
@@ -162,15 +115,22 @@ def row_of(row, t, n_ids, stride_it):
 
 
 @triton.jit
-def first_step(t, cu_seqlens, n_sequences, n_searches, stride_s):
+def _first_step(t, cu_seqlens, n_sequences, n_searches, stride_s):
     """[T]: where the sequence begins that step t belongs to; a batch has one sequence a row."""
     if cu_seqlens is None:
         return tl.zeros_like(t)
     else:
-        low, high = tl.zeros([t.shape[0]], tl.int64), tl.zeros([t.shape[0]], tl.int64) + n_sequences
-        for _ in range(n_searches):  # whatever cu_seqlens holds, no index leaves it
-            middle = (low + high) // 2
-            begun = tl.load(cu_seqlens + middle * stride_s) <= t
-            low = tl.where(begun, middle, low)
-            high = tl.where(begun, high, middle)
-        return tl.maximum(tl.load(cu_seqlens + low * stride_s), 0).to(t.dtype)
+        n = sequence(t, cu_seqlens, n_sequences, n_searches, stride_s)
+        return tl.maximum(tl.load(cu_seqlens + n * stride_s), 0).to(t.dtype)
+
+
+@triton.jit
+def sequence(t, cu_seqlens, n_sequences, n_searches, stride_s):
+    """[T]: which of a packed batch's sequences step t belongs to; one of them, whatever cu_seqlens holds."""
+    low, high = tl.zeros([t.shape[0]], tl.int64), tl.zeros([t.shape[0]], tl.int64) + n_sequences
+    for _ in range(n_searches):
+        middle = (low + high) // 2
+        begun = tl.load(cu_seqlens + middle * stride_s) <= t
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low

@@ -4,13 +4,13 @@ Its columns are what each tap makes of an id, the bias in those of tap 0, and be
 id: it adds nothing, and its own step is NaN.
 The forward reads it in the dtype of the embedding: K entries, each about p / sqrt(K), are together as far off as a p that PyTorch rounds
 once, and PyTorch rounds the activation and the sum besides. The backward reads it in fp32: rounded, a pre-activation near 0 would change
-its sign before ReLU, which PyTorch's never does.
+its sign before ReLU, which PyTorch's never does, and an id's steps would all err the same way, so that their sum (of one channel, or one
+id) was off by more than twice PyTorch's error.
 """
 
 import triton
 import triton.language as tl
 
-from fuzzytok_kernels.kernels.byte_conv import wait
 from fuzzytok_kernels.kernels.dot import dot
 from fuzzytok_kernels.profile import fixed_name
 
@@ -18,14 +18,13 @@ from fuzzytok_kernels.profile import fixed_name
 @triton.jit(repr=fixed_name("byte_causal_conv1d_table"))
 def table_kernel(
     embedding, weight, bias, table, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk, stride_bias,
-    K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table.
 
     A program makes one block of one tap, or copies one of the embedding.
     """
-    wait(PDL)
     n_o = tl.cdiv(c_out, BLOCK_O)
     n_columns = K * n_o + tl.cdiv(channels, BLOCK_O)
     pid = tl.program_id(0)
@@ -58,17 +57,38 @@ def table_kernel(
     tl.store(out, value.to(table.dtype.element_ty), mask=(v <= n_ids)[:, None] & within[None, :])
 
 
-@triton.jit(repr=fixed_name("byte_causal_conv1d_embedding_grad"))
-def embedding_grad_kernel(
-    grad_table, weight, grad_embedding, n_ids, channels, c_out, stride_wo, stride_wi, stride_wk,
-    K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(repr=fixed_name("byte_causal_conv1d_table_grad"))
+def table_grads_kernel(
+    grad_table, embedding, weight, grad_embedding, grad_weight, grad_bias,
+    of_ids, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk,
+    K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    TAP_BLOCK_V: tl.constexpr, TAP_BLOCK_O: tl.constexpr, TAP_BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """grad_table [V, K * C_out + C], weight (C_out, C_in, K) -> grad_embedding contiguous [V, C_in]."""
-    wait(PDL)
+    """grad_table [V, K * C_out + C] -> grad_embedding contiguous [V, C_in] by the first `of_ids` programs; grad_weight contiguous
+    [K, C_out, C_in] and grad_bias [C_out] by the others. In one launch, for either waits for memory more than it computes.
+    """
+    pid = tl.program_id(0)
+    if pid < of_ids:
+        _embedding_grad(
+            grad_table, weight, grad_embedding, pid, n_ids, channels, c_out, stride_wo, stride_wi, stride_wk, K, PRECISION,
+            BLOCK_V, BLOCK_O, BLOCK_I,
+        )  # fmt: skip
+    else:
+        _tap_grad(
+            grad_table, embedding, grad_weight, grad_bias, pid - of_ids, n_ids, channels, c_out, stride_ev, stride_ec, K, PRECISION,
+            TAP_BLOCK_V, TAP_BLOCK_O, TAP_BLOCK_I,
+        )  # fmt: skip
+
+
+@triton.jit
+def _embedding_grad(
+    grad_table, weight, grad_embedding, pid, n_ids, channels, c_out, stride_wo, stride_wi, stride_wk,
+    K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
     n_i = tl.cdiv(channels, BLOCK_I)
-    v = tl.program_id(0) // n_i * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
-    i = tl.program_id(0) % n_i * BLOCK_I + tl.arange(0, BLOCK_I).to(tl.int64)
+    v = pid // n_i * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+    i = pid % n_i * BLOCK_I + tl.arange(0, BLOCK_I).to(tl.int64)
     row, mask = grad_table + v[:, None] * (K * c_out + channels), (v < n_ids)[:, None] & (i < channels)[None, :]
     n_o = tl.cdiv(c_out, BLOCK_O)
     value = tl.zeros([BLOCK_V, BLOCK_I], tl.float32)
@@ -85,19 +105,13 @@ def embedding_grad_kernel(
     tl.store(grad_embedding + v[:, None] * channels + i[None, :], value.to(grad_embedding.dtype.element_ty), mask=mask)
 
 
-@triton.jit(repr=fixed_name("byte_causal_conv1d_weight_grad"))
-def tap_grad_kernel(
-    grad_table, embedding, grad_weight, grad_bias, n_ids, channels, c_out, stride_ev, stride_ec,
-    K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+@triton.jit
+def _tap_grad(
+    grad_table, embedding, grad_weight, grad_bias, pid, n_ids, channels, c_out, stride_ev, stride_ec,
+    K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """grad_table [V, K * C_out + C], embedding (V, C_in) -> grad_weight contiguous [K, C_out, C_in] and grad_bias [C_out].
-
-    The bias reaches each step once, and so does tap 0: its gradient is the sum of tap 0's over the ids.
-    """
-    wait(PDL)
+    """The bias reaches each step once, and so does tap 0: its gradient is the sum of tap 0's over the ids."""
     n_o, n_i = tl.cdiv(c_out, BLOCK_O), tl.cdiv(channels, BLOCK_I)
-    pid = tl.program_id(0)
     block_i, k = pid % n_i, pid // n_i // n_o
     i = block_i * BLOCK_I + tl.arange(0, BLOCK_I).to(tl.int64)
     o = pid // n_i % n_o * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)

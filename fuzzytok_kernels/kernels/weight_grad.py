@@ -3,8 +3,7 @@
 Each program sums one slice of B * T for one tile of `grad_weight` and TAPS taps: every block of `grad_y` is read once for all of them
 (three taps a program: 660 -> 607 us at C=1024 on an H100, where they fill a wave that single ones do not). Of its slice it adds one share
 to the bias's sum, on the tensor cores, as a product with ones: all programs that read the same `grad_y` share that work (a sum in
-registers, by one of them, took 157 us where this takes 46, at C=256). What multiprocessors the tiles of whole slices leave idle share a
-shorter last one, each of them for TILES_EACH tiles in turn. `weight_out`, fp32, holds [splits, K, C_out, C_in] and behind it
+registers, by one of them, took 157 us where this takes 46, at C=256). `weight_out`, fp32, holds [splits, K, C_out, C_in] and behind it
 the bias's [splits, shares, C_out], with one share for each group of taps and block of input channels. Where one slice is all (DIRECT),
 `weight_out` and `bias_out` are the results themselves, and one program of each block of output channels sums the bias.
 
@@ -14,7 +13,6 @@ that sequence count as zeros, and are not multiplied with zeros of `grad_y`: ano
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fuzzytok_kernels.kernels.dot import dot
 from fuzzytok_kernels.kernels.sequences import following, load, place, sequence_of
@@ -22,14 +20,13 @@ from fuzzytok_kernels.profile import fixed_name, moved_metadata, weight_grad_met
 
 
 @triton.jit(
-    do_not_specialize=["B", "shift", "n_splits", "per_split", "n_sequences"],
+    do_not_specialize=["B", "shift", "n_splits", "n_sequences"],
     repr=fixed_name("causal_conv1d_weight_grad_tma"),
     launch_metadata=weight_grad_metadata,
 )
 def weight_grad_tma_kernel(
-    grad_y, x, weight_out, bias_out, cu_seqlens, B, T, c_in, c_out, shift, n_splits, per_split, n_sequences,
-    K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, PDL: tl.constexpr, TILES_EACH: tl.constexpr,
-    GRAD_Y_CHANNELS_LAST: tl.constexpr,
+    grad_y, x, weight_out, bias_out, cu_seqlens, B, T, c_in, c_out, shift, n_splits, n_sequences,
+    K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Descriptors: grad_y [B, T, C_out] (GRAD_Y_CHANNELS_LAST) or [B, C_out, T], which is not shifted; x [B, T, C_in], which is.
@@ -37,34 +34,9 @@ def weight_grad_tma_kernel(
     Where there are `cu_seqlens`, both have a side, a bound and a step in place of [B, T].
     """
     n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
-    if PDL:  # the reduction, which waits for the end of all of this
-        gdc_launch_dependents()
-    n_tiles = _tiles(c_in, c_out, K, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
-    split, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
-    first = split * per_split
-    last = min(first + per_split, B * n_t)
-    if TILES_EACH == 1:
-        _sum_tile(
-            grad_y, x, weight_out, bias_out, cu_seqlens, n_sequences, tile, split, first, last, n_t, T, c_in, c_out, shift, n_splits,
-            K, PRECISION, DIRECT, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-        )  # fmt: skip
-    else:
-        count = tl.where(split == n_splits - 1, TILES_EACH, 1)
-        for each in range(tile * count, min((tile + 1) * count, n_tiles)):
-            _sum_tile(
-                grad_y, x, weight_out, bias_out, cu_seqlens, n_sequences, each, split, first, last, n_t, T, c_in, c_out, shift, n_splits,
-                K, PRECISION, DIRECT, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
-            )  # fmt: skip
-
-
-@triton.jit
-def _sum_tile(
-    grad_y, x, weight_out, bias_out, cu_seqlens, n_sequences, tile, split, first, last, n_t, T, c_in, c_out, shift, n_splits,
-    K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """One tile of one slice, stored."""
-    k, ci, co, share, share_first, share_last = _tile(tile, first, last, c_in, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
+    k, ci, co, split, first, last, share, share_first, share_last = _slice(
+        B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
+    )  # fmt: skip
     sums = (tl.zeros([BLOCK_C_OUT, BLOCK_C_IN], tl.float32),) * TAPS
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype)
@@ -112,25 +84,21 @@ def _add_blocks(
 
 
 @triton.jit(
-    do_not_specialize=["B", "shift", "n_splits", "per_split", "n_sequences"],
+    do_not_specialize=["B", "shift", "n_splits", "n_sequences"],
     repr=fixed_name("causal_conv1d_weight_grad_pointer"),
     launch_metadata=weight_grad_metadata,
 )
 def weight_grad_pointer_kernel(
-    grad_y, x, weight_out, bias_out, cu_seqlens, B, T, c_in, c_out, shift, n_splits, per_split, n_sequences,
+    grad_y, x, weight_out, bias_out, cu_seqlens, B, T, c_in, c_out, shift, n_splits, n_sequences,
     stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
-    K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Any strides and any alignment; offsets are 64-bit. Where there are `cu_seqlens`, stride_yb and stride_xb are one step."""
     n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
-    if PDL:
-        gdc_launch_dependents()
-    n_tiles = _tiles(c_in, c_out, K, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
-    split, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
-    first = split * per_split
-    last = min(first + per_split, B * n_t)
-    k, ci, co, share, share_first, share_last = _tile(tile, first, last, c_in, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
+    k, ci, co, split, first, last, share, share_first, share_last = _slice(
+        B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
+    )  # fmt: skip
     sums = (tl.zeros([BLOCK_C_OUT, BLOCK_C_IN], tl.float32),) * TAPS
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype.element_ty)
@@ -196,12 +164,9 @@ def _add_blocks_by_pointers(
     launch_metadata=moved_metadata,
 )
 def reduce_partials_kernel(
-    partial, grad_weight, grad_bias, n_weight, n_bias, n_splits, n_shares,
-    PDL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
+    partial, grad_weight, grad_bias, n_weight, n_bias, n_splits, n_shares, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
     """Sum the weight's n_splits rows and the bias's n_splits * n_shares rows in a fixed order; cast to the outputs' dtype."""
-    if PDL:  # launched before the partial sums are there: 1 to 2 us less between the two kernels
-        gdc_wait()
     pid = tl.program_id(0)
     weight_programs = tl.cdiv(n_weight, BLOCK_COLUMNS)
     if pid < weight_programs:
@@ -222,24 +187,27 @@ def _sum_rows(rows, out, block, n, count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMN
 
 
 @triton.jit
-def _tiles(c_in, c_out, K: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr):
-    """How many each slice has. Slices are the slowest: programs that run together share rows in L2."""
-    return (K + TAPS - 1) // TAPS * tl.cdiv(c_in, BLOCK_C_IN) * tl.cdiv(c_out, BLOCK_C_OUT)
+def _slice(
+    n_steps, c_in, c_out, n_splits,
+    K: tl.constexpr, DIRECT: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """This program's first tap, tile and range of time blocks, and the share of that range that it adds to the bias's sum.
 
-
-@triton.jit
-def _tile(
-    tile, first, last, c_in, K: tl.constexpr, DIRECT: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr
-):
-    """The first tap and the channels of a tile, taps fastest, and the share of the time blocks that it adds to the bias's sum."""
+    Taps fastest, splits slowest: programs that run together share rows in L2.
+    """
     GROUPS: tl.constexpr = (K + TAPS - 1) // TAPS
-    n_shares = GROUPS * tl.cdiv(c_in, BLOCK_C_IN)
-    share = tile % n_shares
+    n_shares, n_co = GROUPS * tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(c_out, BLOCK_C_OUT)
+    pid = tl.program_id(0)
+    share = pid % n_shares
     k, ci = share % GROUPS * TAPS, share // GROUPS * BLOCK_C_IN
-    co = tile // n_shares * BLOCK_C_OUT
-    per_share = last - first if DIRECT else tl.cdiv(last - first, n_shares)
+    co = pid // n_shares % n_co * BLOCK_C_OUT
+    split = pid // n_shares // n_co
+    per_split = tl.cdiv(n_steps, n_splits)
+    first = split * per_split
+    last = min(first + per_split, n_steps)
+    per_share = per_split if DIRECT else tl.cdiv(per_split, n_shares)
     share_first = first + share * per_share
-    return k, ci, co, share, share_first, share_first + per_share
+    return k, ci, co, split, first, last, share, share_first, share_first + per_share
 
 
 @triton.jit

@@ -64,10 +64,6 @@ _WEIGHT_GRAD = tuple(
 )  # fmt: skip
 
 
-# Tensor cores cut what they add to fp32 off, always towards zero: after 16 million steps 1 % was gone (seen on an H100, T = 2**31).
-_LONGEST_SUM = 4096  # blocks of time that one accumulator takes
-
-
 class Op(NamedTuple):
     """What the tuner knows of an op; a new one joins by a line in OPS."""
 
@@ -140,8 +136,8 @@ def predicted(problem: Problem, config: Config, multiprocessors: int) -> float:
         groups = math.ceil(problem.kernel_size / config.TAPS)
         tiles = groups * math.ceil(problem.c_in / config.BLOCK_C_IN) * math.ceil(problem.c_out / config.BLOCK_C_OUT)
         steps = math.ceil(problem.steps / config.BLOCK_T)
-        splits, inner, tiles_each = slices(steps, tiles, config, multiprocessors)
-        programs = (splits - 1) * tiles + math.ceil(tiles / tiles_each)
+        splits = max(1, min(steps, config.programs_per_sm * multiprocessors // tiles))
+        programs, inner = tiles * splits, math.ceil(steps / splits)
         rows, columns, depth = config.BLOCK_C_OUT, config.TAPS * config.BLOCK_C_IN, config.BLOCK_T
         persistent = False
         tail = 0.0 if splits == 1 else 3e3 + programs * rows * columns * 8 / 2e3  # the reduction: a launch, and the partial sums twice
@@ -159,24 +155,6 @@ def predicted(problem: Problem, config: Config, multiprocessors: int) -> float:
     loads = (rows + columns) * depth * size / (64 if tma else 36)  # at some 8 TB/s a GPU
     latency = (1700 if tma else 1400) / config.num_stages
     return waves * (inner * max(resident * products, resident * loads, latency) + resident * rows * columns * 0.11 + 1400) + tail + 1800
-
-
-def slices(steps: int, tiles: int, config: Config, multiprocessors: int) -> tuple[int, int, int]:
-    """Into how many slices the weight-grad cuts its blocks of time, how many blocks each has, and how many tiles a program of the last.
-
-    As many whole slices as programs run at once, a tile each; and what programs are then left share a last one, shorter by the tiles that
-    each takes in turn: at C=512 on 132 multiprocessors 5 slices of 205 blocks become 5 of 187 and one of 89. Not on pointers: a loop over
-    tiles spilled 568 bytes of registers there.
-    """
-    programs = config.programs_per_sm * multiprocessors
-    whole = min(steps, max(1, programs // tiles, math.ceil(steps / _LONGEST_SUM)))
-    left = programs - whole * tiles
-    each = math.ceil(tiles / left) if left > 0 else 0
-    if each and config.path == "tma" and whole * each <= 16:  # else it saves less than 6 %, and is one more row to reduce
-        per_slice = math.ceil(steps * each / (whole * each + 1))
-        if whole * per_slice < steps:
-            return whole + 1, per_slice, each
-    return whole, math.ceil(steps / whole), 1
 
 
 def channels(problem: Problem) -> tuple[int, int]:

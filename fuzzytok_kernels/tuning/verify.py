@@ -42,14 +42,14 @@ def verify_all(gpu: Gpu, skip: int = 0) -> int:
                 except WorkerError as reason:
                     wrong += 1
                     tqdm.write(f"FAILED  {reason}: {jobs} with {config}")
-                    errors = []
-                too_large += errors.count(None)
-                for job, error in zip(jobs, errors, strict=False):
-                    if error is not None and error <= 1:
-                        verified[job.problem.op] += 1
-                    elif error is not None:
-                        wrong += 1
-                        tqdm.write(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
+                else:
+                    too_large += errors.count(None)
+                    for job, error in zip(jobs, errors, strict=True):
+                        if error is not None and error <= 1:
+                            verified[job.problem.op] += 1
+                        elif error is not None:
+                            wrong += 1
+                            tqdm.write(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
                 told.add(future)
                 bar.set_postfix_str(f"{sum(verified.values()):,} runs right, {wrong} wrong, {too_large} too large", refresh=False)
         except KeyboardInterrupt:
