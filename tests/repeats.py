@@ -33,15 +33,19 @@ def main() -> int:
         for name, digest, differs in _repeated(times):
             digests[name] = digest
             differing += [name] * differs
-        others = [_digests(other) for other in others]
+            print(f"    {'DIFFERED' if differs else 'the same'} {times:,} times, {time.monotonic() - started:.0f} s", flush=True)
+        for other in others:
+            other.wait()
     except KeyboardInterrupt:
-        print("stopped; what other processes found is not compared")
-        others = []
-    took = time.monotonic() - started
-    apart = [name for name, digest in digests.items() if any(other.get(name) != digest for other in others)]
+        print("stopped")
+    compared = [_digests(other) for other in others if other.poll() is not None]
+    for other in others:
+        other.kill()
+    took, complete = time.monotonic() - started, len(digests) == len(_cases()) and len(compared) == _PROCESSES
+    apart = [name for name, digest in digests.items() if any(other.get(name) != digest for other in compared)]
     print(f"{len(differing)} differed from their first ({', '.join(differing)}), {len(apart)} between processes ({', '.join(apart)})")
-    print(f"{len(digests)} launches repeated {times:,} times, in {len(others)} processes more {_IN_EACH} times each, in {took:.0f} s")
-    return 1 if differing or apart or not others else 0
+    print(f"{len(digests)} launches repeated {times:,} times, in {len(compared)} processes more {_IN_EACH} times each, in {took:.0f} s")
+    return 0 if complete and not differing and not apart else 1
 
 
 def _repeated(times: int) -> Iterator[tuple[str, str, bool]]:

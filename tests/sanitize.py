@@ -1,6 +1,6 @@
 """`make sanitize`: NVIDIA's memcheck, racecheck and initcheck over small problems of every op, on a GPU; zero findings expected.
 
-    FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. python3 tests/sanitize.py [--tools memcheck racecheck initcheck] [--each N]
+    FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. python3 tests/sanitize.py [--tools memcheck racecheck initcheck] [--each N] [--seed S]
 
 First the same without a sanitizer, which compiles the kernels. Then every tool over every op, and over a kernel that is wrong on purpose,
 in which it must find something; each in a process of its own, as many at once as there are cores, on all GPUs in turn.
@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from fuzzytok_kernels import tuning
 from fuzzytok_kernels.tuning.worker import cores
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
-_SEED = 11
+_running: list[subprocess.Popen] = []
 
 
 class Run(NamedTuple):
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     tool: str | None
     what: str  # an op, or a tool whose wrong kernel it is
     problems: int
+    seed: int
     gpu: int
 
     def __call__(self) -> str:
@@ -47,9 +49,13 @@ class Run(NamedTuple):
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         command = [sanitizer, "--tool", self.tool, "--print-limit", "10"] if self.tool else []
         command += ["--report-api-errors", "no"] if self.tool == "memcheck" else []
-        command += [sys.executable, __file__, "--run", self.what, "--each", str(self.problems), "--gpu", str(self.gpu)]
+        command += [sys.executable, __file__, "--run", self.what, "--each", str(self.problems)]
+        command += ["--seed", str(self.seed), "--gpu", str(self.gpu)]
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment).stdout
+        kinds = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        with subprocess.Popen(command, env=environment, **kinds) as process:
+            _running.append(process)
+            return process.communicate()[0]
 
 
 def main() -> int:
@@ -57,16 +63,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[2].partition("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--each", type=int, default=12, help="problems an op (default: 12)")
+    parser.add_argument("--seed", type=int, default=11, help="of the problems (default: 11)")
     parser.add_argument("--run", choices=[*TOOLS, *cases.SUBJECTS], help="do this alone, in the process that is watched")
     parser.add_argument("--gpu", type=int, default=0)
     chosen = parser.parse_args()
     if chosen.run:
-        return _watched(chosen.run, chosen.each, chosen.gpu)
+        return _watched(chosen.run, chosen.each, chosen.seed, chosen.gpu)
     started, found, problems, faults = time.monotonic(), Counter(), Counter(), 0
     gpus = itertools.cycle(range(torch.cuda.device_count()))
-    compiling = [Run(None, op, chosen.each, next(gpus)) for op in cases.SUBJECTS]
-    watched = [Run(tool, tool, 0, next(gpus)) for tool in chosen.tools]
-    watched += [Run(tool, op, chosen.each, next(gpus)) for op in cases.SUBJECTS for tool in chosen.tools]
+    compiling = [Run(None, op, chosen.each, chosen.seed, next(gpus)) for op in cases.SUBJECTS]
+    watched = [Run(tool, tool, 0, 0, next(gpus)) for tool in chosen.tools]
+    watched += [Run(tool, op, chosen.each, chosen.seed, next(gpus)) for op in cases.SUBJECTS for tool in chosen.tools]
     try:
         for run, output in itertools.chain(_outputs(compiling), _outputs(watched)):
             count, fault = _judged(run, output)
@@ -82,7 +89,7 @@ def main() -> int:
     for tool in chosen.tools:
         print(f"{tool}: {found[tool]} findings in {problems[tool]} of {chosen.each * len(cases.SUBJECTS)} problems")
     complete = all(problems[tool] == chosen.each * len(cases.SUBJECTS) for tool in chosen.tools)
-    print(f"{faults} faults{'' if complete else ', NOT ALL WAS RUN'}, in {time.monotonic() - started:.0f} s; seed {_SEED}")
+    print(f"{faults} faults{'' if complete else ', NOT ALL WAS RUN'}, in {time.monotonic() - started:.0f} s; seed {chosen.seed}")
     return 0 if complete and not faults else 1
 
 
@@ -105,17 +112,20 @@ def _outputs(runs: list[Run]) -> Iterator[tuple[Run, str]]:
             yield futures[future], future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in _running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # ---- in the process that is watched
 
 
-def _watched(what: str, problems: int, gpu: int) -> int:
+def _watched(what: str, problems: int, seed: int, gpu: int) -> int:
     torch.cuda.set_device(gpu)
     if what in TOOLS:
         _run_wrong(what)
     else:
-        for case in _cases(what, problems):
+        for case in _cases(what, problems, seed):
             args = cases.SUBJECTS[case.op].arguments(case, cases.Tensors(case))
             with verdicts.precision(case.dtype), tuning.force(**cases.CONFIGS[case.config]):
                 getattr(torch.ops.fuzzytok, case.op).default(*args)
@@ -124,10 +134,10 @@ def _watched(what: str, problems: int, gpu: int) -> int:
     return 0
 
 
-def _cases(op: str, problems: int) -> Iterator[cases.Case]:
+def _cases(op: str, problems: int, seed: int) -> Iterator[cases.Case]:
     """Small ones whose tensors end where their memory does."""
     guards.ZONE = 0
-    draw = random.Random(f"{_SEED} {op}")
+    draw = random.Random(f"{seed} {op}")
     for number in range(problems):
         template = {name: draw.choice(values) for name, values in cases.choices(op).items()}
         template |= {name: cases.GROUPS[template[name]](draw.randrange(3)) for name in ("c_in", "channels", "T")}

@@ -48,7 +48,8 @@ def main() -> int:
             bad |= ~loss.detach().isfinite()
             if done % 1000 == 1:
                 losses.append(loss.item())
-                print(f"step {done:6}  {losses[-1]:.3f} bits a byte  {_memory(device)}", flush=True)
+                took = time.monotonic() - started
+                print(f"step {done:6}  {took:.0f} s  {losses[-1]:.3f} bits a byte  {_memory(device)}", flush=True)
             if done == int(chosen.steps * _WARM):
                 warm = _memory(device)
     finite = not bad.item() and all(parameter.isfinite().all() for parameter in tokenizer.parameters())

@@ -44,7 +44,7 @@ def test_what_the_sanitizers_and_the_repeats_run(op, device, strict, monkeypatch
     import sanitize
 
     monkeypatch.setattr(guards, "ZONE", guards.ZONE)
-    some = [case for case in [*sanitize._cases(op, 4), *repeats._cases()] if case.op == op]
+    some = [case for case in [*sanitize._cases(op, 4, 11), *repeats._cases()] if case.op == op]
     assert len(some) == 6
     for case in some[: 4 if KERNELS_RUN else 6]:
         case = case._replace(dtype="fp32")

@@ -86,17 +86,30 @@ def test_takes_all_gpus_of_its_kind_in_turn(monkeypatch):
 
 
 def test_what_it_says_when_stopped(monkeypatch, capsys):
-    def stopped(gpu, plan):
-        future = Future()
-        future.set_result([0.5])
-        yield [plan[0][0][0]], plan[0][1], future
+    """And where another run goes on, which tries all of the others."""
+    tried = []
+
+    def verified(stack, gpu, plan):
+        tried.append([(tuple(jobs), config) for jobs, config in plan])
+        return {Future(): run for run in plan}
+
+    def stopped(futures):
+        for future, (jobs, _) in itertools.islice(futures.items(), 3):
+            future.set_result([0.5] * len(jobs))
+            yield future
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "_verified", stopped)
+    monkeypatch.setattr(verify, "_verified", verified)
+    monkeypatch.setattr(verify, "as_completed", stopped)
     assert verify.verify_all(H100) == 1
+    right = sum(len(jobs) for jobs, _ in tried[0][:3])
     out = capsys.readouterr().out
-    assert "stopped; 2,365 of 2,366 configs were left" in out
-    assert "1 runs right on NVIDIA H100 80GB HBM3, 0 wrong; 0 asked" in out
+    assert f"stopped; {len(tried[0]) - 3:,} of {len(tried[0]):,} configs were left: go on with --skip 3\n" in out
+    assert f"{right} runs right on NVIDIA H100 80GB HBM3, 0 wrong; 0 asked" in out
+    assert verify.verify_all(H100, 3) == 1
+    assert tried[1] == tried[0][3:]
+    assert "go on with --skip 6\n" in capsys.readouterr().out
+    assert {*OPS} == {jobs[0].problem.op for jobs, _ in tried[0][:40]}
 
 
 @needs_cuda

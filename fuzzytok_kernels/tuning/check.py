@@ -1,6 +1,6 @@
 """`fuzzytok check`: race this GPU's stored winners against the default again; 1 if one has become slower or wrong.
 
-With --all, verify instead every config that any problem could be given, on shapes that no block divides.
+With --all, verify instead every config that any problem could be given, on shapes that no block divides; Ctrl-C says how to go on.
 """
 
 import argparse
@@ -23,12 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fuzzytok check` and return its exit status."""
     parser = argparse.ArgumentParser(prog="fuzzytok check", description=__doc__)
     parser.add_argument("--all", action="store_true", help="verify every config of the search space, for every op, dtype and layout")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="with --all: pass over the first N, of a run that was stopped")
     chosen = parser.parse_args(arguments)
     gpu = Gpu.current(0)
     if gpu is None:
         parser.exit(1, "fuzzytok check: winners are measured on a GPU, and there is none\n")
     if chosen.all:
-        return verify_all(gpu)
+        return verify_all(gpu, chosen.skip)
     winners = [entry for entry in _entries(gpu) if entry.config != default_config(entry.problem)]
     bad = 0
     with compilers(gpu) as compile, racer() as race:

@@ -1,6 +1,7 @@
 """`fuzzytok check --all`: every config that any problem could be given, verified on hostile shapes."""
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
@@ -22,43 +23,52 @@ _SHAPES = (
 )
 
 
-def verify_all(gpu: Gpu) -> int:
-    """Print what is wrong as it is found, and then how many were verified; 1 if any is wrong or was not tried, else 0."""
+def verify_all(gpu: Gpu, skip: int = 0) -> int:
+    """Print what is wrong as it is found, and then how many were verified; 1 if any is wrong or was not tried, else 0.
+
+    In an order that mixes ops, dtypes and layouts: a run that is stopped has tried some of each, and another goes on behind it.
+    """
     plan = list(runs(gpu))
-    verified, too_large, wrong, left = Counter[str](), 0, 0, len(plan)
-    try:
-        for jobs, config, future in tqdm(_verified(gpu, plan), total=len(plan), unit="config"):
-            left -= 1
-            try:
-                errors = future.result()
-            except WorkerError as reason:
-                wrong += 1
-                tqdm.write(f"FAILED  {reason}: {jobs} with {config}")
-                continue
-            too_large += errors.count(None)
-            for job, error in zip(jobs, errors, strict=True):
-                if error is not None and error <= 1:
-                    verified[job.problem.op] += 1
-                elif error is not None:
+    random.Random(0).shuffle(plan)
+    plan = plan[skip:]
+    verified, too_large, wrong, told = Counter[str](), 0, 0, set[Future]()
+    with contextlib.ExitStack() as stack:
+        futures = _verified(stack, gpu, plan)
+        try:
+            for future in (bar := tqdm(as_completed(futures), total=len(plan), unit="config")):
+                jobs, config = futures[future]
+                try:
+                    errors = future.result()
+                except WorkerError as reason:
                     wrong += 1
-                    tqdm.write(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
-    except KeyboardInterrupt:
-        print(f"stopped; {left:,} of {len(plan):,} configs were left")
-    for op, count in verified.items():
-        print(f"{count:7,} runs right  {op}, {len(OPS[op].configs)} configs")
-    print(f"{sum(verified.values()):,} runs right on {gpu.name}, {wrong} wrong; {too_large} asked for more than it has")
+                    tqdm.write(f"FAILED  {reason}: {jobs} with {config}")
+                else:
+                    too_large += errors.count(None)
+                    for job, error in zip(jobs, errors, strict=True):
+                        if error is not None and error <= 1:
+                            verified[job.problem.op] += 1
+                        elif error is not None:
+                            wrong += 1
+                            tqdm.write(f"WRONG   {error:.3g} of the allowed error: {job} with {config}")
+                told.add(future)
+                bar.set_postfix_str(f"{sum(verified.values()):,} runs right, {wrong} wrong, {too_large} too large", refresh=False)
+        except KeyboardInterrupt:
+            pass
+        left = [number for number, future in enumerate(futures, skip) if future not in told]
+        if left:
+            print(f"stopped; {len(left):,} of {len(plan):,} configs were left: go on with --skip {left[0]}")
+        for op, count in verified.items():
+            print(f"{count:7,} runs right  {op}, {len(OPS[op].configs)} configs")
+        print(f"{sum(verified.values()):,} runs right on {gpu.name}, {wrong} wrong; {too_large} asked for more than it has", flush=True)
     return 1 if wrong or left else 0
 
 
-def _verified(gpu: Gpu, plan: Sequence[tuple[list[Job], Config]]) -> Iterator[tuple[list[Job], Config, Future]]:
-    """Each of `plan` with its errors, in the order in which they come: a process a core, on all GPUs like `gpu` in turn."""
+def _verified(stack: contextlib.ExitStack, gpu: Gpu, plan: Sequence[tuple[list[Job], Config]]) -> dict[Future, tuple[list[Job], Config]]:
+    """The errors of each of `plan`, to come: from a process a core, on all GPUs like `gpu` in turn."""
     gpus = [device for device in range(torch.cuda.device_count()) if Gpu.current(device) == gpu]
     processes = -(-cores() // len(gpus))
-    with contextlib.ExitStack() as stack:
-        submit = [stack.enter_context(pool("fuzzytok_kernels.tuning.measure:verify", processes)) for _ in gpus]
-        futures = {submit[i % len(gpus)](gpus[i % len(gpus)], *run): run for i, run in enumerate(plan)}
-        for future in as_completed(futures):
-            yield *futures[future], future
+    submit = [stack.enter_context(pool("fuzzytok_kernels.tuning.measure:verify", processes)) for _ in gpus]
+    return {submit[i % len(gpus)](gpus[i % len(gpus)], *run): run for i, run in enumerate(plan)}
 
 
 def runs(gpu: Gpu) -> Iterator[tuple[list[Job], Config]]:

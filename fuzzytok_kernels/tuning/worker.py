@@ -70,6 +70,7 @@ class Worker:
             pass_fds=[theirs.fileno()],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # a crashing compiler prints its whole module
+            start_new_session=True,  # Ctrl-C is the caller's, who says what there is before it ends this
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
