@@ -190,7 +190,7 @@ def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.
     most = (*_TABLE[:2], 2 * _TABLE[2] // embedding.dtype.itemsize)
     block_v, block_o, _ = blocks = _blocks(most, V + 1, c_out, channels)
     programs = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o))
-    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), *blocks), num_warps=8, num_stages=2)
+    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), _LINE, *blocks), num_warps=8, num_stages=2)
     numbers = V, channels, c_out, *embedding.strides, *weight.strides, _stride(bias)
 
     def make(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

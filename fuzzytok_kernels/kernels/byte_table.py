@@ -18,10 +18,10 @@ from fuzzytok_kernels.profile import fixed_name
 @triton.jit(repr=fixed_name("byte_causal_conv1d_table"))
 def table_kernel(
     embedding, weight, bias, table, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk, stride_bias,
-    K: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table.
+    """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table, and as many zeros BEHIND it.
 
     A program makes one block of one tap, or copies one of the embedding.
     """
@@ -31,6 +31,9 @@ def table_kernel(
     v = pid // n_columns * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
     k, o = pid % n_columns // n_o, pid % n_columns % n_o * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
     within = o < c_out
+    if pid == 0:  # look-ups in the last row read on, and drop it; but nothing reads what nobody wrote
+        end = table + (tl.cast(n_ids, tl.int64) + 1) * (K * c_out + channels)
+        tl.store(end + tl.arange(0, BEHIND), tl.zeros([BEHIND], table.dtype.element_ty))
     if k < K:
         value = tl.zeros([BLOCK_V, BLOCK_O], tl.float32)
         for start in range(0, channels, BLOCK_I):
