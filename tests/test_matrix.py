@@ -39,6 +39,7 @@ def test_every_op_and_dtype_is_compiled(gpu):
         (SM80, GOOD._replace(shared=SM80.shared_memory + 1), "166,913 bytes of shared memory, where there are 166,912"),
         (SM80, GOOD._replace(local=64), "64 bytes of local memory"),
         (SM80, GOOD._replace(products=""), "no product on the tensor cores"),
+        (SM80, GOOD._replace(overwrites=True), "registers loaded anew while a product may still read them"),
         (SM75, GOOD._replace(products="", local=4000), None),
         (SM75, GOOD, "has mma, so that it need not be left out"),
     ],

@@ -6,6 +6,7 @@ Under "tf32" fp32 operands are rounded to nearest, as cuDNN does: the tensor cor
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 
 @triton.jit
@@ -19,10 +20,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_rounded(a, b, acc, PRECISION: tl.constexpr):
-    """As `dot`, from Hopper on, of a `b` that holds TF32 already: it then goes from shared memory to the tensor cores as it is."""
+    """As `dot`, from Hopper on, of a `b` that holds TF32 already: it then goes from shared memory to the tensor cores as it is.
+
+    Hopper reads `a` from registers while the program goes on, and up to Triton 3.8 the next block is loaded into them before that has ended
+    (triton-lang/triton#9433): 128x256 tiles were up to 266 times as far off as allowed. No instruction touches `acc` here, but what does
+    has to wait for the product.
+    """
     if PRECISION == "tf32":
         a = tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if cuda_capability_geq(9) and not cuda_capability_geq(10):
+            acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+        return acc
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

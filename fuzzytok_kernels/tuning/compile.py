@@ -18,6 +18,9 @@ from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
 
 # How the assembly of each generation names the products of its tensor cores.
 _PRODUCTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "v_mfma": "mfma"}
+# A product of Hopper whose left operand is in registers, and a wait that leaves some of them under way: see `kernels/dot.dot_rounded`.
+_FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S+ \{[^}]*\}, *\{")
+_LEAVES_SOME = re.compile(r"wgmma\.wait_group\.sync\.aligned +[1-9]")
 
 
 class Resources(NamedTuple):
@@ -27,6 +30,7 @@ class Resources(NamedTuple):
     registers: int  # a thread
     local: int  # bytes of local memory a thread
     products: str = ""  # the instructions of its tensor cores: of _PRODUCTS, or "" if it has none
+    overwrites: bool = False  # whether registers may be loaded anew while a product still reads them
 
     @property
     def spills(self) -> bool:
@@ -102,7 +106,8 @@ class _Pretended(DriverBase):
     def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
         registers, local = _registers(binary) if self.target.backend == "cuda" else _amd_registers(self.assembly)
         products = max((name for sign, name in _PRODUCTS.items() if sign in self.assembly), default="")
-        self.compiled.append(Resources(shared, registers, local, products))
+        overwrites = bool(_FROM_REGISTERS.search(self.assembly) and _LEAVES_SOME.search(self.assembly))
+        self.compiled.append(Resources(shared, registers, local, products, overwrites))
         return name, name, registers, local, 1024
 
 

@@ -1,7 +1,8 @@
 """`python -m fuzzytok_kernels.tuning.matrix`: compile every kernel and shipped config for every supported GPU, without having it.
 
 Prints a table, and below it each config that breaks a rule: it compiles; its shared memory fits; its local memory is within a budget; its
-products run on the tensor cores. Exit status 1 if any does. Turing is in the table to show why the package leaves it to PyTorch.
+products run on the tensor cores, and no register is loaded anew that one still reads. Exit status 1 if any does. Turing is in the table to
+show why the package leaves it to PyTorch.
 
 The budget is 32 bytes a thread under the Triton that a GPU's files were made with, which is no spill in a loop, and under another 512: each
 version gives out registers in its own way, which costs time and never results.
@@ -164,6 +165,8 @@ def _faults(used: Resources, gpu: Gpu, budget: int) -> list[str]:
         faults.append(f"{used.local} bytes of local memory")
     if not used.products:
         faults.append("no product on the tensor cores")
+    if used.overwrites:
+        faults.append("registers loaded anew while a product may still read them")
     return faults
 
 
@@ -175,7 +178,7 @@ def _table(rows: Iterable[Row]) -> str:
     for gpu, used, _ in rows:
         counts = {name: sum(each.products == name for each in used) for name in sorted({each.products for each in used}, reverse=True)}
         products = ", ".join(f"{name or 'none: PyTorch runs there'} {count}" for name, count in counts.items())
-        shared, registers, local, _ = map(max, zip(*used, strict=True)) if used else (0, 0, 0, "")
+        shared, registers, local, *_ = map(max, zip(*used, strict=True)) if used else (0, 0, 0)
         lines.append(f"| {gpu.arch} {gpu.name} | {len(used)} | {shared:,} of {gpu.shared_memory:,} | {registers} | {local} | {products} |")
     return "\n".join(lines)
 
