@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-matrix test-oldest test-newest fuzz repeats soak sanitize compile-matrix lint bench bench-check
+.PHONY: demo test test-gpu test-matrix test-oldest test-newest fuzz repeats soak sanitize trust compile-matrix lint bench bench-check
 
 # FILE and TEXT reach the shell as environment variables, unexpanded, so that no quoting and no $ can break them.
 override FILE := $(value FILE)
@@ -37,6 +37,10 @@ fuzz:
 # Also on the GPU: the same bits ten thousand times under load; 30,000 training steps; NVIDIA's memcheck, racecheck and initcheck.
 repeats soak sanitize:
 	FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. $(PYTHON) tests/$@.py
+
+# All of these, `fuzzytok check --all`, and the tests of sizes, faults and races: about 7 minutes on 44 cores.
+trust:
+	PYTHON=$(PYTHON) tests/trust.sh
 
 # Every kernel and shipped config, compiled for all GPUs without having them; MOST limits how many for each. Twice: under the Triton of
 # .venv, and under the oldest that the package allows.

@@ -154,8 +154,10 @@ def wrong_copy_kernel(x, y, n, BLOCK: tl.constexpr):
 
 
 def _run_wrong(tool: str) -> None:
-    if tool == "racecheck":  # Triton places its barriers itself; two warps of a CUDA kernel meet in one word
-        source = 'extern "C" __global__ void race_kernel(int* y) { __shared__ int s; s = threadIdx.x; y[threadIdx.x] = s; }'
+    if tool == "racecheck":  # Triton places its barriers itself. Each thread reads another warp's word: its own came from a register
+        source = """extern "C" __global__ void race_kernel(int* y) {
+            __shared__ int s[128]; s[threadIdx.x] = threadIdx.x; y[threadIdx.x] = s[127 - threadIdx.x];
+        }"""
         kernel = torch.cuda._compile_kernel(source, "race_kernel")
         kernel(grid=(1, 1, 1), block=(128, 1, 1), args=[torch.zeros(128, dtype=torch.int32, device="cuda")])
     else:

@@ -33,7 +33,7 @@ def test_any_case(op, strict):
 
 
 def test_a_correct_kernel_passes():
-    """Under TF32, where a state is rounded as x is: a rule that left that out failed a right kernel in 122 of 2,000 draws of such a case."""
+    """Under TF32, where a state is rounded as x is: a rule without that failed a right kernel in 122 of 2,000 draws of such a case."""
     small = CASE._replace(op="causal_conv1d_update", dtype="tf32", activation="gelu_tanh", bias="none", state=True, channels=16, T=1, B=1)
     reference = verdicts._function(cases.SUBJECTS[small.op].reference, small.op)
     for seed in range(100):
