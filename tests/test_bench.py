@@ -161,8 +161,9 @@ def test_a_round_of_slow_calls_is_short(monkeypatch):
 @pytest.mark.skipif(INTERPRETED or ON_CUDA, reason="of the CPU's small grid")
 def test_a_run_that_is_interrupted_stores_the_rows_before(tmp_path):
     run_python(f"""
-import json, pytest
+import json, os, pytest
 from pathlib import Path
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # of these tests' own run: pytest-benchmark does nothing where it is set
 from bench import test_throughput
 told, rows = test_throughput.extra_info, []
 def interrupted(*args):
