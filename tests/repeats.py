@@ -2,7 +2,7 @@
 
     FUZZYTOK_TEST_DEVICE=cuda PYTHONPATH=. python3 tests/repeats.py [--times N]
 
-Every op of cases.py, in two dtypes. A process prints a digest of its results; those of three more, which start afresh, must be the same.
+Every op of cases.py, in three dtypes. A process prints a digest of its results; those of three more, which start afresh, must be the same.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def _cases() -> list[cases.Case]:
             op=op, dtype=dtype, layout=layout, activation=cases.choices(op)["activation"][-1], T=1 if "update" in op else 1000, **common
         )
         for op in cases.SUBJECTS
-        for dtype, layout in (("bf16", "channels-last"), ("fp32", "channels-first"))
+        for dtype, layout in (("bf16", "channels-last"), ("fp32", "channels-first"), ("tf32", "channels-last"))
     ]
 
 
