@@ -4,7 +4,7 @@ import pytest
 from modes import INTERPRETED, ON_CUDA
 
 pytest.importorskip("triton")
-from fuzzytok_kernels.tuning import Problem, matrix, tuner
+from fuzzytok_kernels.tuning import Problem, compile, matrix, tuner
 from fuzzytok_kernels.tuning.architectures import ARCHITECTURES
 from fuzzytok_kernels.tuning.compile import Resources
 from fuzzytok_kernels.tuning.space import OPS, default_config
@@ -46,6 +46,15 @@ def test_every_op_and_dtype_is_compiled(gpu):
 )
 def test_faults(gpu, used, fault):
     assert matrix._faults(used, gpu, budget=32) == ([fault] if fault else [])
+
+
+def test_products_from_registers_are_waited_for():
+    """Each of them: that another loop's product, from shared memory, goes on behind its wait is as it should be."""
+    product = "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {{%r1,%r2}}, {}, %rd1;".format
+    shared, registers = product("%rd2"), product("{%r3,%r4}")
+    wait = "wgmma.wait_group.sync.aligned {};".format
+    assert not compile._overwrites("\n".join([registers, wait(0), shared, wait(1), registers, wait(0)]))
+    assert compile._overwrites("\n".join([shared, wait(0), registers, wait(1), registers, wait(0)]))
 
 
 @pytest.mark.parametrize(("installed", "budget"), [("3.6.0", 32), ("99.0", 512)])

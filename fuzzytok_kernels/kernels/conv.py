@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
-from fuzzytok_kernels.kernels.dot import dot, dot_rounded
+from fuzzytok_kernels.kernels.dot import dot, dot_rounded, waited
 from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, moved, place, row_length, sequence_of
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
@@ -92,6 +92,8 @@ def _add_taps(
         else:
             tap = weight.load([k, ci, c]).reshape(BLOCK_C_IN, BLOCK_C_OUT)
         acc = dot_rounded(rows, tap, acc, PRECISION)  # [T, C_out]
+        if state is not None:
+            acc = waited(acc)
     return acc
 
 
@@ -171,6 +173,8 @@ def _add_taps_by_pointers(
             other=0.0,
         )
         acc = dot(rows, tap, acc, PRECISION)  # [T, C_out]
+        if state is not None:
+            acc = waited(acc)
     return acc
 
 

@@ -20,20 +20,25 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_rounded(a, b, acc, PRECISION: tl.constexpr):
-    """As `dot`, from Hopper on, of a `b` that holds TF32 already: it then goes from shared memory to the tensor cores as it is.
-
-    Hopper reads `a` from registers while the program goes on, and up to Triton 3.8 the next block is loaded into them before that has ended
-    (triton-lang/triton#9433): 128x256 tiles were up to 266 times as far off as allowed. No instruction touches `acc` here, but what does
-    has to wait for the product.
-    """
+    """As `dot`, from Hopper on, of a `b` that holds TF32 already: it then goes from shared memory to the tensor cores as it is."""
     if PRECISION == "tf32":
         a = tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if cuda_capability_geq(9) and not cuda_capability_geq(10):
-            acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
-        return acc
+        return waited(tl.dot(a, b, acc, input_precision=PRECISION))
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def waited(acc):
+    """`acc`, once the product that made it has ended, where its left operand came from registers.
+
+    Hopper reads them while the program goes on, and up to Triton 3.8 the next block is loaded into them before that has ended
+    (triton-lang/triton#9433): TF32's 128x256 tiles were up to 266 times as far off as allowed. No instruction touches `acc` here, but what
+    does has to wait.
+    """
+    if cuda_capability_geq(9) and not cuda_capability_geq(10):
+        acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
 
 
 @triton.jit

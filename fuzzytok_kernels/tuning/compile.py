@@ -18,9 +18,7 @@ from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
 
 # How the assembly of each generation names the products of its tensor cores.
 _PRODUCTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "v_mfma": "mfma"}
-# A product of Hopper whose left operand is in registers, and a wait that leaves some of them under way: see `kernels/dot.dot_rounded`.
-_FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S+ \{[^}]*\}, *\{")
-_LEAVES_SOME = re.compile(r"wgmma\.wait_group\.sync\.aligned +[1-9]")
+_FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S+ \{[^}]*\}, *\{")  # Hopper's, of a left operand in registers
 
 
 class Resources(NamedTuple):
@@ -106,9 +104,14 @@ class _Pretended(DriverBase):
     def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
         registers, local = _registers(binary) if self.target.backend == "cuda" else _amd_registers(self.assembly)
         products = max((name for sign, name in _PRODUCTS.items() if sign in self.assembly), default="")
-        overwrites = bool(_FROM_REGISTERS.search(self.assembly) and _LEAVES_SOME.search(self.assembly))
-        self.compiled.append(Resources(shared, registers, local, products, overwrites))
+        self.compiled.append(Resources(shared, registers, local, products, _overwrites(self.assembly)))
         return name, name, registers, local, 1024
+
+
+def _overwrites(assembly: str) -> bool:
+    """Whether a wait behind products from registers leaves some under way: see `kernels/dot.waited`."""
+    stretches = assembly.split("wgmma.wait_group.sync.aligned")
+    return any(_FROM_REGISTERS.search(some) and wait.split(";")[0].strip() != "0" for some, wait in itertools.pairwise(stretches))
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:

@@ -94,8 +94,9 @@ def _packed() -> None:
 
 
 def _stateful() -> None:
-    x, weight, state = _sequence(64), _weight(64, 64), torch.zeros(1, 64, 2, dtype=torch.bfloat16)
-    launch.causal_conv1d_fused(x, weight, None, None, state, None, 1, "silu")
+    weight, state = _weight(64, 64), torch.zeros(1, 64, 2, dtype=torch.bfloat16)
+    for T in (64, 4096):  # through pointers, and descriptors where there are any
+        launch.causal_conv1d_fused(torch.zeros(1, T, 64, dtype=torch.bfloat16).mT, weight, None, None, state, None, 1, "silu")
 
 
 def _bytes() -> None:
