@@ -130,7 +130,7 @@ def test_after_backward():
 def test_all_reduce_together():
     """What it does on several ranks tests/test_distributed.py::test_averaged_gradients shows."""
     assert "tensors" in torch.distributed.ProcessGroup.allreduce_coalesced.__doc__, broken("gradients would not be averaged")
-    assert torch.distributed.AllreduceCoalescedOptions().asyncOp, broken("each unit of gradients would wait for the one before")
+    assert torch.distributed.AllreduceCoalescedOptions().asyncOp, broken("there would be no work to wait for")
 
 
 def test_keys_of_the_dispatcher():
