@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -11,27 +12,29 @@ from fuzzytok_kernels import private
 def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """From now on a backward leaves in `.grad` of the parameters of `module` the mean over the ranks of `group`.
 
-    The parameters are the same on all ranks. At the end of the backward all gradients of a dtype are on their way in one call, each from
-    where it lies; DDP copies each into a bucket first, a kernel a parameter. A gradient that was there before is averaged with what is
-    added to it. Parameters that get none must get none on any rank.
+    The parameters are the same on all ranks. At its end all gradients of a dtype are copied into one tensor, which is averaged, and of
+    which they are views from then on. A gradient that was there before is averaged with what is added to it. Parameters that get none
+    must get none on any rank.
     """
     averaging = _Averaging(module, group)
-    for parameter in averaging.parameters:
+    for parameter in averaging.strides:
         parameter.register_post_accumulate_grad_hook(averaging.ready)
 
 
 class _Averaging:
-    """At the end, and not in parts during the backward: kernels that share the GPU with NCCL's take longer by as much as is hidden.
+    """At the end, not in parts during the backward: kernels that share the GPU with NCCL's take longer by as much as is hidden.
 
-    A step of 65,536 bytes a rank on 2 H100s took 3,045 us so, 3,065 in parts of 4 MiB and 3,029 in parts of 1 MiB; of 16,384 bytes 1,049
-    and 1,045 (4 MiB), of 262,144 bytes 10,591 and 10,542. Launched by the host it took 9,280, 10,156 and 10,306 us.
+    A step of 65,536 bytes a rank on 2 H100s took 3,045 us so, 3,065 in parts of 4 MiB, 3,029 in parts of 1 MiB; launched by the host
+    9,280, 10,156 and 10,306. That was with NCCL's call for many tensors where they lie, 77 us of it on 2 GPUs and 130 on 4; an all-reduce
+    of as many bytes in one tensor takes 45 and 57.
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
-        self.group: Any = group or dist.group.WORLD
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.group = group
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # Those of a gradient: the parameter's, unless it has gaps.
+        self.strides: dict[Tensor, Any] = {parameter: torch.empty_like(parameter, device="meta").stride() for parameter in parameters}
         self.due = False
-        self.op = dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM  # gloo has no mean
 
     def ready(self, parameter: Tensor) -> None:
         self.due = True
@@ -41,13 +44,26 @@ class _Averaging:
         if not self.due:
             return
         self.due = False
-        of_dtype: dict[Any, list[Tensor]] = {}
-        for parameter in self.parameters:
+        of_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self.strides:
             if parameter.grad is not None:
-                of_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
-        works = [private.all_reduce_together(gradients, self.op, self.group) for gradients in of_dtype.values()]
-        for work, gradients in zip(works, of_dtype.values(), strict=True):
-            work.wait()  # on a GPU its stream waits, not the host
-            if self.op == dist.ReduceOp.SUM:
-                for gradient in gradients:
-                    gradient /= dist.get_world_size(self.group)
+                of_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for parameters in of_dtype.values():
+            whole, views = self.joined(parameters)
+            if dist.get_backend(self.group) == "nccl":
+                dist.all_reduce(whole, dist.ReduceOp.AVG, self.group)
+            else:  # gloo has no mean
+                dist.all_reduce(whole, group=self.group)
+                whole /= dist.get_world_size(self.group)
+            for parameter, view in zip(parameters, views, strict=True):
+                parameter.grad = view
+
+    def joined(self, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The gradients in one tensor, and as views of it."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        sizes = [gradient.numel() for gradient in gradients]
+        whole = gradients[0].new_empty(sum(sizes))
+        parts = zip(parameters, whole.split(sizes), strict=True)
+        views = [part.as_strided(parameter.shape, self.strides[parameter]) for parameter, part in parts]
+        private.copy_together(views, gradients)
+        return whole, views
