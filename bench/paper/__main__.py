@@ -87,7 +87,7 @@ def _worked(options: argparse.Namespace, corpora: list[str], begin: float, store
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = Place(options.work / "runs" / slug(), device, begin + options.budget_seconds)
     if options.command == "sweep":
-        swept = sweep.work(options.work, corpora[0], _settings(options), place)
+        swept = sweep.work(options.work, corpora[0], _settings(options), place, _figures(stored, "sweep"))
         return lambda stored: sweep.collected(swept)
     rates = sweep.best(_figures(stored, "sweep"))
     found = table2.found_of(options.work, corpora, _settings(options), place, rates, _figures(stored, "table2"))
@@ -116,13 +116,13 @@ def _store(folder: Path, name: str, collect: Callable[[Stored], Collected], begi
     """Write the table, and return what is left to do."""
     stored = report.read(folder)
     figures, left = collect(stored)
-    before = stored.get(name, {}).get("facts", {}).get("seconds", 0.0) if name in _SHARED else 0.0  # of other calls and processes
+    before = stored.get(name, {}).get("facts", {}) if name in _SHARED else {}  # of other calls and processes
     facts = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions(),
-        "commit": _commit(),
-        "seconds": before + time.monotonic() - begin,
+        "commits": list(dict.fromkeys([*before.get("commits", ()), _commit()])),
+        "seconds": before.get("seconds", 0.0) + time.monotonic() - begin,
         "left": left,
     }
     unfinished = folder / f"{name}.unfinished"
@@ -131,9 +131,9 @@ def _store(folder: Path, name: str, collect: Callable[[Stored], Collected], begi
     return left
 
 
-def _commit() -> str | None:
+def _commit() -> str:
     done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=FOLDER, check=False)
-    return done.stdout.strip() or None
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

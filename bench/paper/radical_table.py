@@ -56,7 +56,7 @@ def text(figures: dict[str, Any]) -> str:
                 f"{counts['families']} families of {counts['words']} words; {counts['same']:,} pairs of one family, "
                 f"{counts['random']:,} random ones, {counts['prefix']:,} with the same first letters."
             )
-            parts.append(table(("", "seeds", *COLUMNS.values()), lines))
+            parts += [table(("", "seeds", *COLUMNS.values()), lines), _better(found["rows"], language)]
     return "\n\n".join(parts)
 
 
@@ -69,8 +69,26 @@ probability that a pair of one root is closer than a pair of two, by the same co
 first seed from resampled families (95 %); where there are several seeds, the figure before it is their mean."""
 
 
+def _better(rows: dict[str, list[dict[str, Any]]], language: str) -> str:
+    """Who tells words of one root from words of the same beginning better than FuzzyTok does, the hardest column."""
+    scores = {
+        label: statistics.mean(found) for label, some in rows.items() if (found := _values([row[language] for row in some], "auc_prefix"))
+    }
+    own = {label: score for label, score in scores.items() if label.startswith("FuzzyTok") and "untrained" not in label}
+    if not own:
+        return "Not measured yet: FuzzyTok, trained."
+    best = max(own, key=own.__getitem__)
+    others = sorted((label for label, score in scores.items() if score > own[best]), key=scores.__getitem__, reverse=True)
+    better = ", ".join(f"{label} {scores[label]:.3f}" for label in others) or "none"
+    return f"FuzzyTok's best AUC against words of the same beginning is {own[best]:.3f} ({best}). Better: {better}."
+
+
 def _cells(rows: list[dict[str, Any]]) -> Iterator[str]:
     for name in COLUMNS:
-        values = [row[name][0] for row in rows if row[name][0] is not None]
+        values = _values(rows, name)
         low, high = rows[0][name][1:]
         yield f"{statistics.mean(values):.3f} [{low:.3f}, {high:.3f}]" if values and low is not None else "-"
+
+
+def _values(rows: list[dict[str, Any]], name: str) -> list[float]:
+    return [row[name][0] for row in rows if row[name][0] is not None]

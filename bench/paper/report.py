@@ -38,7 +38,7 @@ def write(folder: Path) -> Path:
     parts = ["# The FuzzyTok paper's evaluation, run again", *_heads(stored), _defects(figures)]
     parts += [_RENDER[name](figures[name]) for name in (*TABLES, *EXTRA) if name in figures]
     if "table2" in figures:
-        parts += [f"![{path.stem}]({path.name})" for path in _pictures(figures["table2"], folder)]
+        parts += ["## Pictures", *(f"![{path.stem}]({path.name})" for path in _pictures(figures["table2"], folder))]
     missing = [name for name in TABLES if name not in figures]
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.")
@@ -54,8 +54,8 @@ def _heads(stored: dict[str, Any]) -> list[str]:
         versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items() if version)
         left = f" **Not finished: {facts['left']}.**" if facts.get("left") else ""
         lines.append(
-            f"- {name}: {facts['date']}, {facts['device']}, commit {facts['commit'] or 'unknown'}; {versions};"
-            f" {facts['seconds']:.0f} s.{left}"
+            f"- {name}: {facts['date']}, {facts['device']}, commit {', '.join(facts['commits'])}; {versions};"
+            f" {facts['seconds']:.0f} s of all processes together.{left}"
         )
     return ["\n".join(lines)]
 

@@ -21,7 +21,7 @@ from bench.paper.models import LanguageModel
 from bench.paper.radical import of_model
 from bench.paper.train import OutOfTimeError, Training
 
-_EVALUATIONS = {"training", "test", "robustness", "causality", "radical"}
+EVALUATIONS = frozenset({"training", "test", "robustness", "causality", "radical"})
 _COMPILE_SECONDS = 60.0
 _BY_STEP_TIME = ("lstm", "transformer", "conv", "conv1d")
 
@@ -35,10 +35,10 @@ class Place(NamedTuple):
 
 
 class Outcome:
-    """What is known of one run: `result.json` in its folder, a figure a key."""
+    """What is known of one run: `result.json` in its folder, a figure a key. `asked` are the figures that it is whole with."""
 
-    def __init__(self, run: Run, bundle: Bundle, place: Place, earlier: dict[str, Any]) -> None:
-        self.run, self.bundle, self.place = run, bundle, place
+    def __init__(self, run: Run, bundle: Bundle, place: Place, earlier: dict[str, Any], asked: frozenset[str] = EVALUATIONS) -> None:
+        self.run, self.bundle, self.place, self.asked = run, bundle, place, asked
         self.folder = place.folder / f"{run.settings.name}-{run.settings.train_mib:g}mib" / run.name
         self._write_config()
         self.figures: dict[str, Any] = self._kept() or self._taken(earlier)
@@ -74,8 +74,8 @@ class Outcome:
 
     @property
     def whole(self) -> bool:
-        """Whether it is trained, and evaluated as Table 2 asks."""
-        return set(self.figures) >= _EVALUATIONS
+        """Whether it is trained, and evaluated as its table asks."""
+        return self.asked <= set(self.figures)
 
     def train(self) -> dict[str, Any]:
         """Its training, whole."""
@@ -146,13 +146,13 @@ class Outcome:
     def _kept(self) -> dict[str, Any]:
         path = self.folder / "result.json"
         figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        lost = "training" in figures and not set(figures) >= _EVALUATIONS and not (self.folder / "weights.pt").exists()
-        return {name: figure for name, figure in figures.items() if not lost or name not in _EVALUATIONS}
+        lost = "training" in figures and not self.asked <= set(figures) and not (self.folder / "weights.pt").exists()
+        return {name: figure for name, figure in figures.items() if not lost or name not in self.asked}
 
     def _taken(self, earlier: dict[str, Any]) -> dict[str, Any]:
         """From an earlier table, if it is of the same run: its machine, and with it the folder, may be gone."""
         same = earlier.get("run") == json.loads(json.dumps(self.run.stored()))
-        whole = not self.run.model.trained or set(earlier.get("figures", {})) >= _EVALUATIONS  # what is missing would want its weights
+        whole = not self.run.model.trained or self.asked <= set(earlier.get("figures", {}))  # what is missing would want its weights
         return dict(earlier["figures"]) if same and whole else {}
 
     def _write(self) -> None:

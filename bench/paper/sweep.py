@@ -1,7 +1,6 @@
 """Learning rates: each model at its config's rate, half of it and twice, on a quarter of the bytes; Table 2 takes the best of each."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +13,85 @@ from bench.report import table
 
 FACTORS = (0.5, 1.0, 2.0)
 _SHARE = 1 / 4
+_ASKED = frozenset({"training"})
+Pair = tuple[float, float]  # a rate, and bits per byte of the validation part at the end
 
 
-def work(folder: Path, corpus: str, settings: Settings, place: Place) -> list[Outcome]:
-    """The runs, worked off as far as the time goes."""
+def work(folder: Path, corpus: str, settings: Settings, place: Place, stored: dict[str, Any]) -> list[Outcome]:
+    """The runs, worked off as far as the time goes; `stored` are those of an earlier sweep."""
     bundle = Bundle.load(path_of(folder, corpus))
     short = settings._replace(train_mib=settings.train_mib * _SHARE, curve_points=1)
-    models = filter(lambda model: model.trained, map(ModelConfig.load, model_names()))
-    varied = [model._replace(name=f"{model.name}-rate-x{factor:g}", rate=model.rate * factor) for model in models for factor in FACTORS]
-    found = [Outcome(resolve(model, bundle, short, settings.seeds[corpus][0]), bundle, place, {}) for model in varied]
+    varied = [model._replace(name=f"{model.name}-rate-x{factor:g}", rate=model.rate * factor) for model in _trained() for factor in FACTORS]
+    runs = [resolve(model, bundle, short, settings.seeds[corpus][0]) for model in varied]
+    found = [Outcome(run, bundle, place, stored.get(run.name, {}), _ASKED) for run in runs]
     work_off((each, each.train) for each in longest_first(found))
     return found
 
 
 def collected(found: list[Outcome]) -> tuple[dict[str, Any], str | None]:
-    """By label: [rate, bits per byte of the validation part at the end], of each rate; and what is left to do."""
-    figures: dict[str, Any] = {}
+    """The runs by name, of each curve the end alone; and what is left to do."""
     for each in found:
         each.read()
-        if training := each.figures.get("training"):
-            figures.setdefault(each.run.model.label, []).append([each.run.model.rate, training["curve"][-1]["validation"]])
-    left = [each.run.name for each in found if "training" not in each.figures]
+    figures = {each.run.name: _ended(each.stored()) for each in found if each.whole}
+    left = [each.run.name for each in found if not each.whole]
     return figures, f"{len(left)} runs are left to do, {left[0]} the first of them" if left else None
+
+
+def _ended(stored: dict[str, Any]) -> dict[str, Any]:
+    training = stored["figures"]["training"]
+    return stored | {"figures": {"training": training | {"curve": training["curve"][-1:]}}}
 
 
 def best(figures: dict[str, Any]) -> dict[str, float]:
     """By label: the best rate, of the models that were trained at every one."""
-    return {label: min(found, key=_bits)[0] for label, found in figures.items() if len(found) == len(FACTORS)}
+    return {label: min(pairs, key=_bits)[0] for label, pairs in _by_label(figures).items() if len(pairs) == len(FACTORS)}
 
 
-def _bits(pair: Sequence[float]) -> float:
+def _by_label(figures: dict[str, Any]) -> dict[str, list[Pair]]:
+    """By label: a pair for each rate, the lowest rate first."""
+    pairs: dict[str, list[Pair]] = {}
+    for each in figures.values():
+        model = each["run"]["model"]
+        pairs.setdefault(model["label"], []).append((model["rate"], each["figures"]["training"]["curve"][-1]["validation"]))
+    return {label: sorted(some) for label, some in pairs.items()}
+
+
+def _bits(pair: Pair) -> float:
     """Of a run that diverged, none is worse."""
     return math.inf if math.isnan(pair[1]) else pair[1]
 
 
 def text(figures: dict[str, Any]) -> str:
-    """The table in markdown, the best of each model in bold."""
+    """The table in markdown, the rate that Table 2 takes in bold, and what to hold against it."""
+    by_label = _by_label(figures)
+    chosen = best(figures)
     lines = []
-    for label, found in figures.items():
-        least, _ = min(found, key=_bits)
-        by_rate = {rate: f"**{bits:.4f}**" if rate == least else f"{bits:.4f}" for rate, bits in found}
-        lines.append((label, ", ".join(f"{rate:g}: {bits}" for rate, bits in sorted(by_rate.items()))))
-    title = (
-        "## Learning rates\n\nBits per byte of the validation part after a quarter of the training bytes, one seed of the first corpus, at"
-        " half, once and twice the rate of the config file. Table 2 trains each model, on every corpus, at its best rate here; a model"
-        " that was not tried at all three, at its config's.\n\n"
-    )
-    return title + table(("", "rate: bits per byte"), lines)
+    for label, pairs in by_label.items():
+        cells = (f"{rate:g}: " + (f"**{bits:.4f}**" if rate == chosen.get(label) else f"{bits:.4f}") for rate, bits in pairs)
+        lines.append((label, ", ".join(cells)))
+    return "\n\n".join(["## Learning rates", _METHOD, table(("", "rate: bits per byte"), lines), *_reservations(by_label, chosen)])
+
+
+_METHOD = """\
+Bits per byte of the validation part after a quarter of the training bytes, one seed of the first corpus, at half, once and twice the
+rate of the config file. Table 2 trains each model, on every corpus, at its best rate here; a model that was not tried at all three, at
+its config's. A quarter of the steps and a factor of two tell the rates apart coarsely: the best of a whole run may be another."""
+
+
+def _reservations(by_label: dict[str, list[Pair]], chosen: dict[str, float]) -> list[str]:
+    """What is not fair about the rates: models that were not tried at every one, and winners at an edge of what was."""
+    untried = [model.label for model in _trained() if model.label not in chosen]
+    edges = [f"{label} ({rate:g})" for label, rate in chosen.items() if rate in (by_label[label][0][0], by_label[label][-1][0])]
+    said = []
+    if untried and chosen:
+        said.append(
+            f"**Not equal yet:** {'; '.join(untried)} were not tried at all three rates and stand in Table 2 at their configs', while"
+            f" {'; '.join(chosen)} have the best of three. The former may be better than Table 2 shows them, FuzzyTok too."
+        )
+    if edges:
+        said.append(f"At an edge of what was tried: {'; '.join(edges)}. A better rate may lie beyond it.")
+    return said
+
+
+def _trained() -> list[ModelConfig]:
+    return [model for model in map(ModelConfig.load, model_names()) if model.trained]

@@ -37,13 +37,22 @@ def collected(found: Found, stored: dict[str, Any]) -> tuple[dict[str, Any], str
         left += [each.run.name for each in some if each.run.model.trained and not each.whole]
         facts = {key: value for key, value in some[0].bundle.facts.items() if key != "families"}
         runs = {each.run.name: each.stored() for each in some if each.figures}
-        figures[name] = {"facts": facts, "runs": _alike(stored.get(name, {}).get("runs", {}), some[0].stored()["run"]) | runs}
+        figures[name] = {"facts": facts, "runs": _alike(stored.get(name, {}).get("runs", {}), some[0].stored()["run"], runs) | runs}
     return figures, f"{len(left)} runs are left to do, {left[0]} the first of them" if left else None
 
 
-def _alike(runs: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """Those of an earlier table that were run as `run` is: more seeds than are asked for now, perhaps."""
-    return {name: each for name, each in runs.items() if all(each["run"][key] == run[key] for key in ("settings", "sha256"))}
+def _alike(runs: dict[str, Any], run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Those of an earlier table that were run as `run` is: more seeds than are asked for now, perhaps.
+
+    But none at another rate than the same model has in `now`: a mean over both would be of neither.
+    """
+    models = {each["run"]["model"]["name"]: each["run"]["model"] for each in now.values()}
+
+    def alike(earlier: dict[str, Any]) -> bool:
+        model = earlier["model"]
+        return all(earlier[key] == run[key] for key in ("settings", "sha256")) and models.get(model["name"], model) == model
+
+    return {name: each for name, each in runs.items() if alike(each["run"])}
 
 
 def _jobs(found: Found) -> Iterator[tuple[Outcome, Callable[[], object]]]:
