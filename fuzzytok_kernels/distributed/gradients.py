@@ -25,8 +25,8 @@ class _Averaging:
     """At the end, not in parts during the backward: kernels that share the GPU with NCCL's take longer by as much as is hidden.
 
     A step of 65,536 bytes a rank on 2 H100s took 3,045 us so, 3,065 in parts of 4 MiB, 3,029 in parts of 1 MiB; launched by the host
-    9,280, 10,156 and 10,306. Of 16,384 bytes on 4 it took 1,092 and 1,066 (4 MiB), of 262,144 bytes 10,488 and 10,687. That was with NCCL's call for many tensors where they lie, 77 us of it on 2 GPUs and 130 on 4; an all-reduce
-    of as many bytes in one tensor takes 45 and 57.
+    9,280, 10,156 and 10,306. On 4 it took 1,092 us of 16,384 bytes and 10,488 of 262,144, in parts of 4 MiB 1,066 and 10,687. That was with
+    NCCL's call for many tensors where they lie, 77 us of it on 2 GPUs and 130 on 4; bench.links measured 45 and 57 for one such tensor.
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
