@@ -24,7 +24,7 @@ from fuzzytok_kernels.support import approximates, facts
 _plans = functools.lru_cache(maxsize=4096)
 _TILE = 2048  # elements of a tile of the forward: 16 results a thread
 _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
-_PROGRAMS = {2: 8, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
+_PROGRAMS = {2: 8, 4: 5}  # a multiprocessor, by the bytes of an element: 8 have room of 56 registers a thread, 5 of 96
 _RUN = 512  # steps of an id that one program sums at most
 _RUN_BLOCK = (32, 256)  # steps and channels at a time
 _CHUNK = 16_384  # steps
