@@ -5,7 +5,8 @@ id: it adds nothing, and its own step is NaN.
 The forward reads it in the dtype of the embedding: K entries, each about p / sqrt(K), are together as far off as a p that PyTorch rounds
 once, and PyTorch rounds the activation and the sum besides. The backward reads it in fp32: rounded, a pre-activation near 0 would change
 its sign before ReLU, which PyTorch's never does, and an id's steps would all err the same way, so that their sum (of one channel, or one
-id) was off by more than twice PyTorch's error.
+id) was off by more than twice PyTorch's error. What that costs is not known apart: on an H100, forward and backward of bf16 take 180 us,
+and took 161 with rounded tables here and other sums by id (B=32 T=2048 C=256, 2026-11-27).
 """
 
 import triton
@@ -18,13 +19,16 @@ from fuzzytok_kernels.profile import fixed_name
 @triton.jit(repr=fixed_name("byte_causal_conv1d_table"))
 def table_kernel(
     embedding, weight, bias, table, n_ids, channels, c_out, stride_ev, stride_ec, stride_wo, stride_wi, stride_wk, stride_bias,
-    K: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table.
+    """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table, and zeros in the BEHIND elements that follow it.
 
     A program makes one block of one tap, or copies one of the embedding.
     """
+    width = K * c_out + channels
+    if tl.program_id(0) == 0:
+        tl.store(table + (tl.cast(n_ids, tl.int64) + 1) * width + tl.arange(0, BEHIND), tl.zeros([BEHIND], table.dtype.element_ty))
     n_o = tl.cdiv(c_out, BLOCK_O)
     n_columns = K * n_o + tl.cdiv(channels, BLOCK_O)
     pid = tl.program_id(0)
@@ -53,7 +57,7 @@ def table_kernel(
         value = tl.load(
             embedding + v[:, None] * stride_ev + o[None, :] * stride_ec, mask=(v < n_ids)[:, None] & within[None, :], other=float("nan")
         ).to(tl.float32)
-    out = table + v[:, None] * (K * c_out + channels) + tl.minimum(k, K) * c_out + o[None, :]
+    out = table + v[:, None] * width + tl.minimum(k, K) * c_out + o[None, :]
     tl.store(out, value.to(table.dtype.element_ty), mask=(v <= n_ids)[:, None] & within[None, :])
 
 
