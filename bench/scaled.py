@@ -18,8 +18,9 @@ with those of one rank that has all bytes. A time is the median of 9 rounds of a
 forms in turns; of the GPUs the slowest. All GPUs of the host work at the same time: where a row has fewer, several rows do, and the worst
 is given. Efficiency is against the same GPUs, each on its own: tokens/s over the sum of theirs. "Without exchange" is the same step on the
 same GPUs at the same time, with no message and so with wrong gradients. Bytes are those that all GPUs of a row send in a step, by formula:
-histories, and gradients and parameters in rings. NCCL's time is that of its kernels in a profile of 5 steps, the wait for other ranks in it
-included; hidden is what of it lies beside another kernel. A kernel that shares its GPU with NCCL's takes longer: hidden is not free."""
+histories, and gradients and parameters in rings. NCCL's time is that of its kernels in a profile of 5 steps, on the GPU that waits least
+for the others; hidden is what of it lies beside another kernel; in "other kernels" some other kernel runs, on the GPU where it is longest.
+A kernel that shares its GPU with NCCL's takes longer: hidden is not free."""
 _WEAK = (
     "GPUs",
     "exchange",
@@ -31,6 +32,7 @@ _WEAK = (
     "gradients, parameters",
     "NCCL",
     "hidden",
+    "other kernels",
 )
 
 
@@ -63,13 +65,13 @@ class Times(NamedTuple):
         alone, together = self.step(1, whole, ALONE), self.step(ranks, whole // ranks, form)
         return alone / together / ranks if alone and together else None
 
-    def exchanged(self, ranks: int, T: int, form: str) -> tuple[float, float] | None:
-        """NCCL's microseconds a step and the hidden share of them, the mean of the ranks."""
+    def exchanged(self, ranks: int, T: int, form: str) -> tuple[float, float, float] | None:
+        """Microseconds a step: NCCL's and the hidden ones of them where they are the fewest, other kernels' where they are the most."""
         row = self.rows.get(("profiled", ranks, T, form))
         if not row or not row.exchanged:
             return None
-        total, hidden = (sum(each[i] for each in row.exchanged) for i in (0, 1))
-        return total / len(row.exchanged), hidden / total if total else 0.0
+        total, hidden, _ = min(row.exchanged)
+        return total, hidden, max(busy - total + hidden for total, hidden, busy in row.exchanged)
 
 
 def read(paths: Iterable[Path]) -> tuple[dict[str, str], list[Times], list[dict[str, Any]]]:
@@ -115,12 +117,18 @@ def _weak(files: list[Times], T: int) -> Iterator[str]:
             us, same = times.step(ranks, T, form), times.step(ranks, T, ALONE)
             if us and steps == T and (form != ALONE or ranks == 1):
                 history, gradients = bytes_sent(form, ranks, T, DIM, ITEMSIZE)
-                nccl = times.exchanged(ranks, T, form)
-                seen = f"{nccl[0]:.0f} us | {nccl[1]:.0%}" if nccl else "|"
+                seen = _seen(times.exchanged(2 if form == ALONE else ranks, T, form))
                 yield (
                     f"| {ranks} | {form} | {us:,.0f} | {ranks * T / us * 1e6:,.0f} | {_share(times.weak(ranks, T, form))} "
                     f"| {f'{same:,.0f} us' if same else ''} | {history:,} | {gradients:,} | {seen} |"
                 )
+
+
+def _seen(us: tuple[float, float, float] | None) -> str:
+    if us is None:
+        return "| |"
+    total, hidden, others = us
+    return f"{total:.0f} us | {hidden / total if total else 0:.0%} | {others:,.0f} us"
 
 
 def _strong(files: list[Times], whole: int) -> Iterator[str]:

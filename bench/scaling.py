@@ -1,8 +1,9 @@
-"""`python -m bench.scaling`: what sequence parallel and FSDP2 cost a training step on 1 to 1,024 GPUs, as a table.
+"""`python3 -m bench.scaling`: what sequence parallel and the mean of the gradients cost a training step on 1 to 1,024 GPUs, as a table.
 
-A model, not a measurement. Its terms: the times of the kernels as `tuning_cache/` has them, measured on one GPU; the bytes, by the formula
-that tests/test_distributed.py::test_bytes_sent holds against the messages; bandwidth and latency of the links, which are stated (`LINKS`)
-and not measured. It is of the tokenizer's blocks alone: whatever else a model has is computed without an exchange and raises the share.
+A model, not a measurement. Its terms: the times of the kernels as `tuning_cache/` has them, measured on one GPU; messages and collectives
+within a host as bench.links measured them on 2 and 4 GPUs, on 8 by the same step again; InfiniBand as stated; the bytes, by the formula
+that tests/test_distributed.py::test_bytes_sent holds against the messages. It is of the tokenizer's blocks alone: whatever else a model has
+is computed without an exchange and raises the share.
 """
 
 import json
@@ -13,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.results import FOLDER
 from fuzzytok_kernels.distributed import history_bytes
 
 TIMES = Path(__file__).parents[1] / "tuning_cache" / "sm90" / "nvidia_h100_80gb_hbm3"
@@ -22,8 +24,40 @@ GPUS, HOST = (2, 4, 8, 16, 64, 256, 1024), 8
 STEPS, GOAL = 65536, 0.95
 
 
-class Link(NamedTuple):
-    """What a message takes: `latency` microseconds, kernel launch included, and its bytes at `bandwidth` a microsecond and direction."""
+Points = list[tuple[float, float]]
+
+
+def between(points: Points, x: float) -> float:
+    """On the straight lines between points in order; before the first its value, for a launch takes that whatever it does."""
+    if x <= points[0][0]:
+        return points[0][1]
+    (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if x <= pair[1][0]), points[-2:])
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+class Host:
+    """Microseconds between the GPUs of a host by what is sent, as measured; the launch of NCCL's kernel is in them."""
+
+    name = "NVLink 4, measured"
+
+    def __init__(self) -> None:
+        stored = json.loads((FOLDER / "nvidia_h100_80gb_hbm3" / "scaling.json").read_text(encoding="utf-8"))["links"]
+        self._points: dict[tuple[str, int], Points] = {}
+        for line in stored:
+            self._points.setdefault((line["name"], line["ranks"]), []).append((line["bytes"], line["us"]))
+
+    def message(self, size: float) -> float:
+        return between(self._points["two messages", 2], size) / 2
+
+    def collective(self, name: str, size: float, ranks: int) -> float:
+        """Of `size` bytes in all. Eight ranks were not measured: from four to them it grows as from two to four."""
+        if ranks == HOST:
+            return 2 * self.collective(name, size, HOST // 2) - self.collective(name, size, HOST // 4)
+        return between(self._points[name, ranks], size)
+
+
+class Network(NamedTuple):
+    """What is stated: `latency` microseconds a message, and its bytes at `bandwidth` a microsecond and direction."""
 
     name: str
     latency: float
@@ -32,12 +66,15 @@ class Link(NamedTuple):
     def message(self, size: float) -> float:
         return self.latency + size / self.bandwidth
 
-    def collective(self, size: float, ranks: int) -> float:
-        """An all-gather or reduce-scatter of `size` bytes in all."""
-        return self.latency * math.ceil(math.log2(ranks)) + size * (ranks - 1) / ranks / self.bandwidth
+    def all_reduce(self, size: float, ranks: int) -> float:
+        return 2 * (self.latency * math.ceil(math.log2(ranks)) + size * (ranks - 1) / ranks / self.bandwidth)
 
 
-LINKS = Link("NVLink 4", 10.0, 450e3), Link("InfiniBand NDR, a port a GPU", 25.0, 50e3)
+LINKS = Host(), Network("InfiniBand NDR, a port a GPU, stated", 25.0, 50e3)
+PARAMETERS = len(DILATIONS) * (K * C * C + C)
+MEMORY = 2.5e6  # bytes a microsecond that a copy reads and writes, stated
+GAPS = 39.0  # us between kernels, where streams wait for one another: of a step that exchanges, more than of one that does not; measured
+FSDP = 78.0  # us: FSDP2's own kernels in a step, as one unit; measured
 
 
 class Kernels:
@@ -47,11 +84,7 @@ class Kernels:
         self._points = {op: sorted(_measured(op, epilogue)) for op, epilogue in KERNELS.items()}
 
     def time(self, op: str, steps: int) -> float:
-        points = self._points[op]
-        if steps <= points[0][0]:
-            return points[0][1]  # a launch, whatever it computes
-        (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if steps <= pair[1][0]), points[-2:])
-        return y0 + (y1 - y0) * (steps - x0) / (x1 - x0)
+        return between(self._points[op], steps)
 
     def forward(self, steps: int) -> float:
         return self.time("fused", steps)
@@ -64,7 +97,7 @@ class Kernels:
         return len(DILATIONS) * (self.forward(steps) + self.backward(steps))
 
 
-def _measured(op: str, epilogue: str) -> list[tuple[int, float]]:
+def _measured(op: str, epilogue: str) -> Points:
     stored = json.loads((TIMES / f"causal_conv1d_{op}.json").read_text(encoding="utf-8"))
     wanted = {"dtype": "bf16", "layout": "last", "aligned": True, "epilogue": epilogue, "kernel_size": K, "c_in": C, "c_out": C}
     return [(entry["steps"], entry["time_us"]) for entry in stored["entries"] if wanted.items() <= entry.items()]
@@ -73,14 +106,15 @@ def _measured(op: str, epilogue: str) -> list[tuple[int, float]]:
 # ---- microseconds that a step takes longer on several ranks than on one; a row of T steps on each
 
 
-def once_a_stack(kernels: Kernels, link: Link, T: int, receptive_field: int) -> float:
-    """The bytes of the receptive field, one each, which all ranks wait for; and its steps computed anew."""
+def once_a_stack(kernels: Kernels, link: Host | Network, T: int, receptive_field: int) -> float:
+    """The bytes of the receptive field, one each, which all ranks wait for; its steps computed anew; z's gradient copied behind zeros."""
     history = receptive_field - 1
     sent = history_bytes((T, T), min(history, T), 1)  # by one rank, to its right
-    return link.message(sent) + kernels.step(T + history) - kernels.step(T)
+    copied = 2 * 2 * C * T / MEMORY
+    return link.message(sent) + kernels.step(T + history) - kernels.step(T) + copied
 
 
-def once_a_convolution(kernels: Kernels, link: Link, T: int) -> float:
+def once_a_convolution(kernels: Kernels, link: Host | Network, T: int) -> float:
     """What of each history and its gradient is not hidden, and the first steps computed again: kernels as short as there are."""
     total = 0.0
     for dilation in DILATIONS:
@@ -90,25 +124,29 @@ def once_a_convolution(kernels: Kernels, link: Link, T: int) -> float:
     return total
 
 
-def fsdp(kernels: Kernels, T: int, ranks: int) -> tuple[float, int]:
-    """What of the all-gathers (bf16) and sums of gradients (fp32) is not hidden, with as many blocks in a unit as hide most: and how many.
+def mean(ranks: int) -> float:
+    """Of the gradients in fp32, in one tensor after the backward. Across hosts each GPU sums its part of those of its own."""
+    host, network = LINKS
+    if ranks <= HOST:
+        return host.collective("all-reduce", 4 * PARAMETERS, ranks)
+    inside = sum(host.collective(name, 4 * PARAMETERS, HOST) for name in ("reduce-scatter", "all-gather"))
+    return inside + network.all_reduce(4 * PARAMETERS / HOST, ranks // HOST)
 
-    Parameters are sharded within a host and replicated across hosts: `fully_shard` on a mesh of two dimensions.
+
+def fsdp(ranks: int) -> float:
+    """All-gather of the parameters (bf16) and sum of their gradients (fp32), as one unit, of which nothing is hidden; and its own kernels.
+
+    With a unit a block it hides nearly all of its messages, and took 275 us more on 2 GPUs: by its own kernels, and by the share of the GPU
+    that NCCL's take. Parameters are sharded within a host and replicated across hosts: `fully_shard` on a mesh of two dimensions.
     """
-    (inside, hosts), blocks = (min(ranks, HOST), max(1, ranks // HOST)), len(DILATIONS)
-    best = math.inf, 0
-    for units in (9, 3, 1):
-        count = blocks // units
-        parameters = count * (K * C * C + C)
-        gather = LINKS[0].collective(2 * parameters, inside)
-        summed = LINKS[0].collective(4 * parameters, inside) + 2 * LINKS[1].collective(4 * parameters / inside, hosts)
-        left = max(0.0, gather - count * kernels.forward(T)) + max(0.0, gather + summed - count * kernels.backward(T))
-        best = min(best, (gather + summed + (units - 1) * left, count))  # the first and the last have nothing to hide behind
-    return best
+    (host, network), inside = LINKS, min(ranks, HOST)
+    gathered, summed = host.collective("all-gather", 2 * PARAMETERS, inside), host.collective("reduce-scatter", 4 * PARAMETERS, inside)
+    return FSDP + gathered + summed + (network.all_reduce(4 * PARAMETERS / HOST, ranks // HOST) if ranks > HOST else 0.0)
 
 
-def _stack_and_fsdp(kernels: Kernels, link: Link, T: int, ranks: int, receptive_field: int) -> float:
-    return once_a_stack(kernels, link, T, receptive_field) + fsdp(kernels, T, ranks)[0]
+def with_gradients(kernels: Kernels, link: Host | Network, T: int, receptive_field: int, cost: float) -> float:
+    """One exchange a stack and what the gradients cost."""
+    return once_a_stack(kernels, link, T, receptive_field) + cost + GAPS
 
 
 def shortest(kernels: Kernels, extra: Callable[[int], float]) -> int:
@@ -123,21 +161,20 @@ def main() -> None:
     alone = kernels.step(STEPS)
     print(f"{len(DILATIONS)} blocks, C={C}, K={K}, bf16, a row of {STEPS:,} bytes a rank: {alone:,.0f} us of kernels in a training step.")
     for link in LINKS:
-        print(f"{link.name}, stated: {link.latency:.0f} us a message, {link.bandwidth / 1e3:.0f} GB/s a direction.")
+        print(f"{link.name}: {link.message(0):.0f} us a message.")
     goal = f"steps a rank for {GOAL:.0%}"
-    print(f"\n| GPUs | exchange: one a stack | one a convolution | efficiency | {goal} ", end="")
-    print(f"| FSDP2, not hidden | blocks a unit | efficiency with it | {goal} |\n|{'---|' * 9}")
-    print(f"| 1 | 0 us | 0 us | 100.0% | any | 0 us | {len(DILATIONS)} | 100.0% | any |")
+    print(f"\n| GPUs | exchange: one a stack | one a convolution | mean of gradients | efficiency | {goal} ", end="")
+    print(f"| FSDP2 instead | efficiency | {goal} |\n|{'---|' * 9}")
+    print("| 1 | 0 us | 0 us | 0 us | 100.0% | any | 0 us | 100.0% | any |")
     for ranks in GPUS:
         link = LINKS[ranks > HOST]
         stack, each = once_a_stack(kernels, link, STEPS, field), once_a_convolution(kernels, link, STEPS)
-        sharded, blocks = fsdp(kernels, STEPS, ranks)
-        least = shortest(kernels, partial(once_a_stack, kernels, link, receptive_field=field))
-        both = shortest(kernels, partial(_stack_and_fsdp, kernels, link, ranks=ranks, receptive_field=field))
-        print(
-            f"| {ranks:,} | {stack:.0f} us | {each:.0f} us | {alone / (alone + stack):.1%} | {least:,} "
-            f"| {sharded:.0f} us | {blocks} | {alone / (alone + stack + sharded):.1%} | {both:,} |"
-        )
+        print(f"| {ranks:,} | {stack:.0f} us | {each:.0f} us ", end="")
+        for cost in (mean(ranks), fsdp(ranks)):
+            extra = partial(with_gradients, kernels, link, receptive_field=field, cost=cost)
+            share = alone / (alone + extra(STEPS))
+            print(f"| {cost:.0f} us | {share:.1%} | {shortest(kernels, extra):,} ", end="")
+        print("|")
     print()
     for link in LINKS:
         each = once_a_convolution(kernels, link, STEPS)

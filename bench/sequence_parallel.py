@@ -38,21 +38,13 @@ from fuzzytok_kernels.tuning.gpu import Gpu
 
 STACK, CONVOLUTIONS = "one a stack", "one a convolution"
 PLANS = {STACK: lambda: TimeParallel(), CONVOLUTIONS: lambda: {"tokenizer.blocks.*.conv": TimeParallel()}}
-ALONE, WHOLE = "none", 1 << 30
-FORMS: dict[str, tuple[str, str, int]] = {  # where it exchanges, what is done with the gradients, and bytes or modules at a time
-    ALONE: (ALONE, "", 0),
-    STACK: (STACK, "averaged", 4 << 20),
-    f"{STACK}, 1 MiB": (STACK, "averaged", 1 << 20),
-    f"{STACK}, at the end": (STACK, "averaged", WHOLE),
-    CONVOLUTIONS: (CONVOLUTIONS, "averaged", 4 << 20),
-    f"{STACK}, DDP": (STACK, "DDP", 0),
-    f"{STACK}, FSDP2": (STACK, "FSDP2", 1),
-    f"{STACK}, FSDP2, one unit": (STACK, "FSDP2", WHOLE),
-}
+ALONE = "none"
+# Where it exchanges, and what makes the mean of the gradients, if not `average_gradients`.
+FORMS = (ALONE, STACK, CONVOLUTIONS, f"{STACK}, DDP", f"{STACK}, FSDP2", f"{STACK}, FSDP2, one unit")
 ROUNDS, EAGER_ROUNDS, EAGER_STEPS, WARM_UP, PROFILED = 9, 3, 10, 12, 5  # DDP asks for 11 steps before a capture
 MAIN = 65536  # bytes a rank, at which all forms are timed
 WEAK, STRONG = (MAIN, 16384), (MAIN, 4 * MAIN)  # bytes a rank, and of all ranks together
-ELSEWHERE = (ALONE, STACK, f"{STACK}, at the end")
+ELSEWHERE = (ALONE, STACK)
 GRADIENT_BOUND = 5e-2  # of the relative error in the L2 norm of what nine layers in bf16 leave
 
 
@@ -73,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", help="bytes a rank; by default what weak and strong scaling need")
     parser.add_argument("--dim", type=int, default=256 if on_gpu else 64)
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--out", type=Path, help="file to add a line of JSON to for each measurement")
     options = parser.parse_args()
     device = begin()
@@ -154,20 +146,21 @@ class Step:
 
     def __init__(self, name: str, mesh: DeviceMesh, T: int, dim: int, device: torch.device) -> None:
         self.group, self.device = mesh.get_group(), device
-        where, self.gradients, unit = FORMS[name]
+        where, _, self.mean = name.partition(", ")
         torch.manual_seed(0)
         self.model = ByteLM(dim)
-        if self.gradients == "FSDP2":  # it takes no weights that are not contiguous
+        self.sharded = self.mean.startswith("FSDP2")
+        if self.sharded:  # it takes no weights that are not contiguous
             self.model.load_state_dict({key: value.contiguous() for key, value in self.model.state_dict().items()}, assign=True)
         self.forward: Callable[[Tensor], Tensor] = self.model.to(device)
         if where != ALONE:
             parallelize_module(self.model, mesh, PLANS[where]())  # type: ignore[arg-type]
-        if self.gradients == "averaged":
-            average_gradients(self.model, self.group, unit)
-        elif self.gradients == "DDP":
+        if self.mean == "DDP":
             self.forward = DistributedDataParallel(self.model, process_group=self.group, gradient_as_bucket_view=True, bucket_cap_mb=4)
-        elif self.gradients == "FSDP2":
-            _shard(self.model, mesh, unit, device)
+        elif self.sharded:
+            _shard(self.model, mesh, self.mean == "FSDP2", device)
+        elif where != ALONE:
+            average_gradients(self.model, self.group)
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         whole = torch.randint(256, (1, T * ranks + 1), generator=torch.Generator().manual_seed(T), dtype=torch.uint8).to(device)
         begin, end = T * rank, T * (rank + 1)
@@ -192,13 +185,13 @@ class Step:
         return {name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone() for name, value in gradients.items()}  # type: ignore[union-attr]
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and self.gradients != "FSDP2")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and not self.sharded)
 
 
-def _shard(model: ByteLM, mesh: DeviceMesh, unit: int, device: torch.device) -> None:
+def _shard(model: ByteLM, mesh: DeviceMesh, blockwise: bool, device: torch.device) -> None:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     _, *others = model.tokenizer.blocks  # the first, the embedding and its norm may run as one op, and are sharded with the rest
-    for module in (*(others if unit == 1 else ()), model):
+    for module in (*(others if blockwise else ()), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
@@ -301,10 +294,11 @@ def _gathered(value: Any) -> list[Any]:
 
 def bytes_sent(form: str, ranks: int, T: int, dim: int, itemsize: int) -> tuple[int, int]:
     """By all ranks in a step of one row: for the history, and for parameters and their gradients (in rings, as NCCL's are)."""
-    where, gradients, _ = FORMS[form]
+    where, _, mean = form.partition(", ")
     model, lengths = ByteLM(dim), (T,) * ranks
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    of_gradients = {"": 0, "averaged": 8, "DDP": 8, "FSDP2": 2 * itemsize + 4}[gradients] * parameters * (ranks - 1)
+    of_a_parameter = 0 if where == ALONE else 2 * itemsize + 4 if mean.startswith("FSDP2") else 8
+    of_gradients = of_a_parameter * parameters * (ranks - 1)
     if where == STACK:
         return history_bytes(lengths, model.tokenizer.receptive_field - 1, 1), of_gradients
     histories = [(conv.kernel_size - 1) * conv.dilation for conv in model.modules() if isinstance(conv, CausalConv1d) and where != ALONE]

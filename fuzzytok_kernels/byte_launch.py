@@ -24,7 +24,7 @@ from fuzzytok_kernels.support import approximates, facts
 _plans = functools.lru_cache(maxsize=4096)
 _TILE = 2048  # elements of a tile of the forward: 16 results a thread
 _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
-_PROGRAMS = {2: 8, 4: 5}  # a multiprocessor, by their registers and so by the bytes of an element
+_PROGRAMS = {2: 8, 4: 5}  # a multiprocessor, by the bytes of an element: 8 have room of 56 registers a thread, 5 of 96
 _RUN = 512  # steps of an id that one program sums at most
 _RUN_BLOCK = (32, 256)  # steps and channels at a time
 _CHUNK = 16_384  # steps
@@ -185,16 +185,16 @@ def _n_runs(n_steps: int, n_ids: int) -> int:
 
 
 def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Makes the table [V + 1, K * C_out + C], with a line's elements behind it, see `kernels/byte_conv._looked_up`."""
+    """Makes the table [V + 1, K * C_out + C], with a line behind it, see `kernels/byte_conv._looked_up`."""
     (V, channels), (c_out, _, K) = embedding.shape, weight.shape
     most = (*_TABLE[:2], 2 * _TABLE[2] // embedding.dtype.itemsize)
     block_v, block_o, _ = blocks = _blocks(most, V + 1, c_out, channels)
-    programs = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o))
-    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), _LINE, *blocks), num_warps=8, num_stages=2)
+    programs, behind = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o)), _LINE // dtype.itemsize
+    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), behind, *blocks), num_warps=8, num_stages=2)
     numbers = V, channels, c_out, *embedding.strides, *weight.strides, _stride(bias)
 
     def make(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        table = embedding.new_empty((V + 1) * (K * c_out + channels) + _LINE, dtype=dtype)
+        table = embedding.new_empty((V + 1) * (K * c_out + channels) + behind, dtype=dtype)
         kernel(embedding, weight, bias, table, *numbers)
         return table
 

@@ -36,7 +36,7 @@ def test_the_bar_is_of_the_worst_pair(us, verdict, tmp_path):
 def test_figures(tmp_path):
     _, (times,), _ = scaled.read([stored(tmp_path, MACHINE, *rows(1250))])
     assert times.strong(2, 2 * MAIN, STACK) == pytest.approx(2000 / 1250 / 2)
-    assert times.exchanged(2, MAIN, STACK) == (80, 0.5)
+    assert times.exchanged(2, MAIN, STACK) == (60, 20, 860)
     assert times.weak(4, MAIN, STACK) is times.exchanged(1, MAIN, ALONE) is None
 
 

@@ -1,5 +1,6 @@
 """The cost model of bench.scaling: it returns what was measured where something was, and behaves as what it models."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from modes import not_interpreted
 
 from bench import hidden, scaling
+from bench.results import FOLDER
 
 pytestmark = not_interpreted
 NVLINK, INFINIBAND = scaling.LINKS
@@ -29,10 +31,13 @@ def test_times_are_the_measured_ones_and_lie_between_them(op, epilogue, kernels)
     assert kernels.time(op, 4 * points[-1][0]) > 3 * points[-1][1]
 
 
-def test_a_message_is_its_latency_and_its_bytes():
-    assert NVLINK.message(0) == NVLINK.latency
+def test_what_is_measured_and_what_is_stated():
+    stored = json.loads((FOLDER / "nvidia_h100_80gb_hbm3" / "scaling.json").read_text("utf-8"))["links"]
+    us = {(line["name"], line["ranks"], line["bytes"]): line["us"] for line in stored}
+    assert NVLINK.message(1 << 20) == us["two messages", 2, 1 << 20] / 2
+    assert NVLINK.collective("all-gather", 1 << 22, 4) == us["all-gather", 4, 1 << 22]
     assert INFINIBAND.message(50e9) - INFINIBAND.latency == pytest.approx(1e6)  # 50 GB at 50 GB/s
-    assert INFINIBAND.collective(1e9, 1) == 0
+    assert INFINIBAND.all_reduce(1e9, 1) == 0
 
 
 @pytest.mark.parametrize("link", scaling.LINKS, ids=lambda link: link.name)
@@ -44,9 +49,9 @@ def test_the_shortest_is_where_the_goal_is_met(link, kernels):
     assert efficiency(least) >= scaling.GOAL > efficiency(least - 256)
 
 
-def test_more_ranks_cost_more(kernels):
-    costs = [scaling.fsdp(kernels, scaling.STEPS, ranks)[0] for ranks in (1, *scaling.GPUS)]
-    assert costs[0] == 0
+@pytest.mark.parametrize("cost", [scaling.mean, scaling.fsdp])
+def test_more_ranks_cost_more(cost):
+    costs = [cost(ranks) for ranks in scaling.GPUS]
     assert costs == sorted(costs)
 
 

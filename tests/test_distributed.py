@@ -8,7 +8,7 @@ from modes import not_interpreted
 from ranks import GPUS, RANKS, Ranks
 
 from bench import sequence_parallel
-from fuzzytok_kernels.distributed import average_gradients, history_bytes, sharding
+from fuzzytok_kernels.distributed import history_bytes, sharding
 from fuzzytok_kernels.distributed.exchange import TimeShards
 
 pytestmark = [
@@ -144,14 +144,8 @@ def test_stack(lengths, where, fsdp, ranks):
 
 
 @each_size
-@pytest.mark.parametrize("unit_bytes", [1, 1000, 1 << 20])
-def test_averaged_gradients(unit_bytes, size, ranks):
-    ranks.run(sequence_checks.averaged_gradients, size, unit_bytes)
-
-
-def test_a_unit_without_bytes_is_refused():
-    with pytest.raises(ValueError, match=r"^unit_bytes is 0; expected at least 1$"):
-        average_gradients(torch.nn.Linear(2, 2), unit_bytes=0)
+def test_averaged_gradients(size, ranks):
+    ranks.run(sequence_checks.averaged_gradients, size)
 
 
 @each_size

@@ -238,6 +238,17 @@ def test_cold_process_reads_one_file_and_imports_no_tuner(places):
     run_python(COLD.format(gpu=tuple(GPU), problem=tuple(PROBLEM), path=path))
 
 
+# ---- the problem
+
+
+@pytest.mark.parametrize(
+    ("steps", "rounded"), [(1, 1), (2, 2), (3, 4), (5, 4), (65_536, 65_536), (65_536 + 42, 65_536), (92_681, 65_536), (92_682, 131_072)]
+)
+def test_steps_are_rounded_to_the_nearest_power_of_two(steps, rounded):
+    """A shard behind its history has the config of the shard."""
+    assert tuning.rounded_steps(steps) == rounded
+
+
 # ---- force and record
 
 

@@ -6,8 +6,9 @@ and adds them up in fp32: for the embedding those of grad_y, for tap k those of 
 A run's number is place // RUN + key, where a key is chunk and id: along the order one of the two grows from run to run, so that every run
 has a number of its own, and those of a key lie one behind the other for the last sum.
 
-By bytes, at B*T=65,536, C=256 and three taps: 134 MB; a product with the whole 0/1 matrix of (256, B*T) would take 34 GFLOP, and more with
-every id that a model adds. Chunks, for then most of what the taps gather comes from L2.
+At B*T=65,536, C=256 and three taps a run's rows are 134 MB in all. The product with the whole 0/1 matrix of (256, B*T), which needs no
+sorting, took 72 us on an H100 at best and the sum of its parts 15 us (bf16, 2026-11-27), and it grows with every id that a model adds; the
+kernels here have not been timed one by one yet. Chunks, for then most of what the taps gather comes from L2.
 """
 
 import triton

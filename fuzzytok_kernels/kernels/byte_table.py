@@ -5,7 +5,8 @@ id: it adds nothing, and its own step is NaN.
 The forward reads it in the dtype of the embedding: K entries, each about p / sqrt(K), are together as far off as a p that PyTorch rounds
 once, and PyTorch rounds the activation and the sum besides. The backward reads it in fp32: rounded, a pre-activation near 0 would change
 its sign before ReLU, which PyTorch's never does, and an id's steps would all err the same way, so that their sum (of one channel, or one
-id) was off by more than twice PyTorch's error.
+id) was off by more than twice PyTorch's error. What that costs is not known apart: on an H100, forward and backward of bf16 take 180 us,
+and took 161 with rounded tables here and other sums by id (B=32 T=2048 C=256, 2026-11-27).
 """
 
 import triton
@@ -21,19 +22,19 @@ def table_kernel(
     K: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table, and as many zeros BEHIND it.
+    """embedding (V, C_in), weight (C_out, C_in, K), bias (C_out,) or None -> table, and zeros in the BEHIND elements that follow it.
 
     A program makes one block of one tap, or copies one of the embedding.
     """
+    width = K * c_out + channels
+    if tl.program_id(0) == 0:
+        tl.store(table + (tl.cast(n_ids, tl.int64) + 1) * width + tl.arange(0, BEHIND), tl.zeros([BEHIND], table.dtype.element_ty))
     n_o = tl.cdiv(c_out, BLOCK_O)
     n_columns = K * n_o + tl.cdiv(channels, BLOCK_O)
     pid = tl.program_id(0)
     v = pid // n_columns * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
     k, o = pid % n_columns // n_o, pid % n_columns % n_o * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
     within = o < c_out
-    if pid == 0:  # look-ups in the last row read on, and drop it; but nothing reads what nobody wrote
-        end = table + (tl.cast(n_ids, tl.int64) + 1) * (K * c_out + channels)
-        tl.store(end + tl.arange(0, BEHIND), tl.zeros([BEHIND], table.dtype.element_ty))
     if k < K:
         value = tl.zeros([BLOCK_V, BLOCK_O], tl.float32)
         for start in range(0, channels, BLOCK_I):
@@ -56,7 +57,7 @@ def table_kernel(
         value = tl.load(
             embedding + v[:, None] * stride_ev + o[None, :] * stride_ec, mask=(v < n_ids)[:, None] & within[None, :], other=float("nan")
         ).to(tl.float32)
-    out = table + v[:, None] * (K * c_out + channels) + tl.minimum(k, K) * c_out + o[None, :]
+    out = table + v[:, None] * width + tl.minimum(k, K) * c_out + o[None, :]
     tl.store(out, value.to(table.dtype.element_ty), mask=(v <= n_ids)[:, None] & within[None, :])
 
 

@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     kernel_size: int
     c_in: int
     c_out: int  # of the weight: for a gate twice the channels of the result
-    steps: int  # B*T, rounded up to a power of two, so that a training run with changing T stays with one config
+    steps: int  # B*T, rounded to a power of two, so that a training run with changing T stays with few configs
 
     @property
     def kind(self) -> dict[str, str]:
@@ -59,5 +59,9 @@ def distance(a: Problem, b: Problem) -> float:
 
 
 def rounded_steps(steps: int) -> int:
-    """`steps` >= 1 rounded up to a power of two."""
-    return 1 << (steps - 1).bit_length()
+    """The power of two nearest to `steps` >= 1 by ratio.
+
+    Not the next one: 65,578 steps, a shard of 65,536 behind its history, had the config that the model expects of 131,072, where that of
+    65,536 was measured. On an H100 that rank's kernels took 2,871 us a training step, those of the one without a history 2,564.
+    """
+    return 1 << (steps * steps).bit_length() // 2
