@@ -137,7 +137,7 @@ def test_names_the_problem_and_the_next_call_works(op, kind, device, strict, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(program_module.Kernel, "__call__", fails)
-        with pytest.raises(kind, match=rf"^Problem\(op='{op}', dtype='fp16', .*steps=128\): what the driver says$"):
+        with pytest.raises(kind, match=rf"^Problem\(op='{op}', dtype='fp16', .*steps=64\): what the driver says$"):
             OPS[op](*inputs.args(op))
     assert all(torch.equal(value, want[name]) for name, value in ours(inputs).items())
 
