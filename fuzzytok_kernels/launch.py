@@ -19,7 +19,7 @@ from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
 from fuzzytok_kernels.private_triton import OutOfResources
-from fuzzytok_kernels.program import Kernel, cdiv, on
+from fuzzytok_kernels.program import Kernel, cdiv, on, tell
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.support import approximates, conv_switch, facts
 from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
@@ -167,7 +167,7 @@ def _input_grad_plan(
 def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable]) -> Callable:
     """What `build` makes of the config of `problem`; of the default, with one warning, if that asks for more than the GPU has.
 
-    What else fails says of which problem, and keeps its type: a caller may wait for torch.OutOfMemoryError.
+    What else fails says of which problem.
     """
     stored = build(tuning.get_config(_device_index(device), problem))
     launches = [stored]
@@ -185,16 +185,11 @@ def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Call
                 )
                 launches.append(build(default_config(problem)))
         except RuntimeError as error:
-            hint = "; a kernel's first call cannot be captured in a graph: call it once before" if _is_capturing() else ""
-            error.args = (f"{problem}: {error}{hint}",)
+            tell(problem, error)
             raise
         return launch(*tensors)
 
     return on(device, launch)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class _After(NamedTuple):

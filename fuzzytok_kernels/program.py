@@ -55,12 +55,20 @@ def named(name: str, launch: Callable) -> Callable:
         except OutOfResources as error:
             raise OutOfResources(error.required, error.limit, f"{error.name} for {_told(name, args)}") from error
         except RuntimeError as error:
-            capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-            hint = "; a kernel's first call cannot be captured in a graph: call it once before" if capturing else ""
-            error.args = (f"{_told(name, args)}: {error}{hint}",)
+            tell(_told(name, args), error)
             raise
 
     return launch_by_name
+
+
+def tell(what: object, error: RuntimeError) -> None:
+    """Has `error`, which keeps its type, say of what it is: a caller may wait for torch.OutOfMemoryError."""
+    hint = "; a kernel's first call cannot be captured in a graph: call it once before" if is_capturing() else ""
+    error.args = (f"{what}: {error}{hint}",)
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _told(name: str, args: tuple) -> str:

@@ -18,11 +18,9 @@ class Facts(NamedTuple):
     multiprocessors: int
     descriptors: bool  # whether tensor descriptors are worth using: Ampere's and CDNA's are emulated, and not pipelined
     tf32: bool  # whether its tensor cores do TF32
-    tanh: bool  # whether it has an instruction for it
 
 
-# The interpreter's; `tuning.compile` puts another GPU's here.
-cpu_facts = Facts(multiprocessors=2, descriptors=True, tf32=False, tanh=False)
+cpu_facts = Facts(multiprocessors=2, descriptors=True, tf32=False)  # the interpreter's; `tuning.compile` puts another GPU's here
 
 
 def facts(device: torch.device) -> Facts:
@@ -32,14 +30,14 @@ def facts(device: torch.device) -> Facts:
 
 def approximates(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether activations go through the GPU's own tanh, which is as exact as results in bf16 need: see `kernels/activation.py`."""
-    return dtype == torch.bfloat16 and facts(device).tanh
+    return dtype == torch.bfloat16 and facts(device).tf32  # what does TF32 has an instruction for tanh, too
 
 
 @functools.cache
 def _gpu_facts(device: torch.device) -> Facts:
     properties = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None
-    return Facts(properties.multi_processor_count, descriptors=nvidia and properties.major >= 9, tf32=nvidia, tanh=nvidia)
+    return Facts(properties.multi_processor_count, descriptors=nvidia and properties.major >= 9, tf32=nvidia)
 
 
 @functools.cache

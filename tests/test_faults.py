@@ -291,6 +291,6 @@ def test_the_capture_is_named(monkeypatch):
     def run(config):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(launch, "_is_capturing", lambda: True)
+    monkeypatch.setattr(program_module, "is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"^Problem\(op='causal_conv1d'.*capturing; a kernel's first call cannot be captured in a graph"):
         _plan(run)()

@@ -214,7 +214,7 @@ nvidia.PyKernelArg = dict
 nvidia.library_dirs, nvidia.compile_module_from_src = list, lambda **options: types.SimpleNamespace(launch=active.launch)  # in Triton 3.6
 active = Cuda(private_triton.GPUTarget("cuda", 90, 32))
 private_triton.driver.set_active(active)
-support.cpu_facts = support.Facts(multiprocessors=64, descriptors=True, tf32=True, tanh=True)
+support.cpu_facts = support.Facts(multiprocessors=64, descriptors=True, tf32=True)
 runtime = triton.knobs.runtime
 runtime.launch_enter_hook = runtime.launch_exit_hook = None
 

@@ -19,7 +19,7 @@ class Launches(_Pretended):
 
 launches = []
 driver.set_active(Launches(GPUTarget("cuda", 90, 32)))
-support.cpu_facts = support.Facts(multiprocessors=64, descriptors=True, tf32=True, tanh=True)
+support.cpu_facts = support.Facts(multiprocessors=64, descriptors=True, tf32=True)
 triton.knobs.runtime.launch_enter_hook = lambda metadata: None  # what a profiler sets
 
 B, c_in, c_out, T, K = 2, 32, 64, 48, 3

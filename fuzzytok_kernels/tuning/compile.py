@@ -51,7 +51,7 @@ def resources_of(call: Callable[[], object], target: GPUTarget) -> Resources:
     driver.set_active(pretended)
     before_each_load(pretended.keep_assembly)
     nvidia = target.backend == "cuda"
-    support.cpu_facts = support.Facts(multiprocessors=128, descriptors=nvidia and target.arch >= 90, tf32=nvidia, tanh=nvidia)
+    support.cpu_facts = support.Facts(multiprocessors=128, descriptors=nvidia and target.arch >= 90, tf32=nvidia)
     call()
     return Resources(*(max(values) for values in zip(*pretended.compiled, strict=True)))
 
