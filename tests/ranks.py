@@ -94,6 +94,8 @@ def _serve(rank: int, store: str, questions: Any, answers: Any) -> None:
     if RANKS == 4:
         _meshes[4, 2] = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("data", "model"))
         _meshes[2] = _meshes[4, 2]["model"]
+    for group in (group for mesh in _meshes.values() for group in mesh.get_all_groups()):
+        dist.all_reduce(torch.zeros(1, device=DEVICE), group=group)  # all ranks make a communicator of NCCL together
     while True:
         check, args = questions.get()
         torch.manual_seed(0)
