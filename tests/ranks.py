@@ -1,7 +1,8 @@
 """Processes that form a process group, spawned once for many checks: gloo on the CPU, NCCL where there are GPUs enough.
 
 Over NCCL the GPUs should have nothing else to do, `python -m pytest -s tests/test_distributed.py` without `-n`: with 12 process groups on
-4 GPUs no check was done after 60 s. What keeps a rank busy for more than 20 s is on stderr.
+4 GPUs no check was done after 60 s. A message needs its kernels on two GPUs at the same time, and processes take turns on a GPU. What keeps
+a rank busy for more than 20 s is on stderr.
 """
 
 import faulthandler
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 GPUS = torch.cuda.device_count() if ON_CUDA else 0
 RANKS = 4 if GPUS >= 4 or not ON_CUDA else min(2, GPUS)
-SECONDS = 120 if ON_CUDA else 60  # for a check, whose kernels are compiled; a rank that waits for one which failed gives up at half
+SECONDS = 300 if ON_CUDA else 60  # for a check, of which one compiles 100 kernels; a rank that waits for one which failed gives up at half
 
 
 def mesh_of(size: int) -> DeviceMesh:
@@ -93,10 +94,12 @@ def _serve(rank: int, store: str, questions: Any, answers: Any) -> None:
     if RANKS == 4:
         _meshes[4, 2] = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("data", "model"))
         _meshes[2] = _meshes[4, 2]["model"]
+    for group in (group for mesh in _meshes.values() for group in mesh.get_all_groups()):
+        dist.all_reduce(torch.zeros(1, device=DEVICE), group=group)  # all ranks make a communicator of NCCL together
     while True:
         check, args = questions.get()
         torch.manual_seed(0)
-        faulthandler.dump_traceback_later(SECONDS // 6, repeat=True)  # compiling, or waiting for a rank
+        faulthandler.dump_traceback_later(20, repeat=True)  # compiling, or waiting for a rank
         try:
             answers.put((rank, check(*args), None))
         except BaseException:

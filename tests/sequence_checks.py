@@ -266,7 +266,7 @@ def compiled(where: str) -> None:
 
 def bench_runs() -> list[bench.sequence_parallel.Row]:
     scaling = bench.sequence_parallel
-    scaling.ROUNDS = scaling.EAGER_ROUNDS = scaling.EAGER_STEPS = scaling.WARM_UP = 1
+    scaling.ROUNDS = scaling.EAGER_ROUNDS = scaling.EAGER_STEPS = 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         forms = [name for name in scaling.FORMS if not name.endswith("one unit")]
