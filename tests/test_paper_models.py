@@ -106,6 +106,18 @@ def test_flops_and_parameters_are_those_of_the_model(kind):
     assert total == sum(each.numel() for each in model.parameters()) and inner == total - 257 * size.width
 
 
+def test_the_compiler_leaves_the_lstm_in_one_piece():
+    model, sizes = LanguageModel(Size("lstm", 300, 2, 64)), []
+
+    def seen(graph, _):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    ids = torch.randint(300, (2, 33))
+    torch.compile(model.loss, dynamic=False, backend=seen)(ids).backward()
+    assert sizes and max(sizes) < 32  # nodes of a graph, of 32 steps
+
+
 @pytest.mark.parametrize("bytes_per_id", {"english": (1.69, 3.19), "multilingual": (1.48, 2.86)}.values())
 def test_all_models_spend_the_same_flops_on_a_byte(bytes_per_id):
     settings, (small, large) = load_settings("full"), bytes_per_id

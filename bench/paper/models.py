@@ -104,7 +104,10 @@ class Lstm(nn.Module):
                     bias[size.width : 2 * size.width] = 1.0  # the gates lie in the order input, forget, cell, output
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids.long())
+        return self._layered(self.embedding(ids.long()))
+
+    @torch.compiler.disable  # as PyTorch has it for `nn.LSTM`: `torch.lstm` would be taken apart into 512 steps a layer, for minutes
+    def _layered(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             return self.layers(x)[0]
         # Autocast runs LSTMs in fp16, whatever its dtype is: too narrow for the gradients of a mean over 65,536 ids.

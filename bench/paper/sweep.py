@@ -29,7 +29,7 @@ def work(folder: Path, corpus: str, settings: Settings, place: Place, stored: di
 
 
 def collected(found: list[Outcome]) -> tuple[dict[str, Any], str | None]:
-    """The runs by name, of each curve the end alone; and what is left to do."""
+    """The runs by name, of each curve the end alone and no speed, for several may share a GPU; and what is left to do."""
     for each in found:
         each.read()
     figures = {each.run.name: _ended(each.stored()) for each in found if each.whole}
@@ -39,7 +39,9 @@ def collected(found: list[Outcome]) -> tuple[dict[str, Any], str | None]:
 
 def _ended(stored: dict[str, Any]) -> dict[str, Any]:
     training = stored["figures"]["training"]
-    return stored | {"figures": {"training": training | {"curve": training["curve"][-1:]}}}
+    end = training["curve"][-1]
+    row = {name: end[name] for name in ("step", "bytes", "bits_per_byte", "validation")}
+    return stored | {"figures": {"training": {name: training[name] for name in ("steps", "bytes", "not_captured")} | {"curve": [row]}}}
 
 
 def best(figures: dict[str, Any]) -> dict[str, float]:

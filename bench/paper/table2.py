@@ -56,7 +56,7 @@ def _alike(runs: dict[str, Any], run: dict[str, Any], now: dict[str, Any]) -> di
 
 
 def _jobs(found: Found) -> Iterator[tuple[Outcome, Callable[[], object]]]:
-    """The most important first: the first seed of every corpus, the costs, the other seeds, what PyTorch compiles."""
+    """The most important first: the first seed of every corpus, the costs, a second seed, what PyTorch compiles, the other seeds."""
     ranked = [(rank, each) for some in found.values() for rank, each in _ranked(some)]
     trained = [(rank, each) for rank, each in ranked if each.run.model.trained]
     first = [each for rank, each in trained if rank == 0]
@@ -64,8 +64,9 @@ def _jobs(found: Found) -> Iterator[tuple[Outcome, Callable[[], object]]]:
     yield from ((each, each.evaluate) for each in first)
     yield from ((each, each.untrained) for each in first)
     yield from ((each, each.costs) for each in costed)
-    yield from ((each, each.evaluate) for rank, each in sorted(trained, key=lambda pair: pair[0]) if rank)
+    yield from ((each, each.evaluate) for rank, each in trained if rank == 1)
     yield from ((each, each.compiled) for each in costed)
+    yield from ((each, each.evaluate) for rank, each in sorted(trained, key=lambda pair: pair[0]) if rank > 1)
 
 
 def _ranked(some: Sequence[Outcome]) -> Iterator[tuple[int, Outcome]]:

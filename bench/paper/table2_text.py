@@ -235,9 +235,10 @@ _COSTS = """\
 
 Peak of all that is allocated in a training step launched op by op, at equal bytes, in MiB (2^20 bytes; the paper's are MB). The paper
 claims to save 38.1 % at 16 x 1024 against its conv over BPE and 95.7 % at 32 x 2048 against its Transformer. Training speed is in source
-bytes (10^6), waited for step by step, the median of at least 50 steps, each one CUDA graph; the last column is its share of the speed of
-forward and backward alone, without optimiser and data, which is what the model bench times. Speed is not of the architecture alone: all
-are matched to RF 43, whose 256 channels suit kernels best; the others have the width that the FLOPs ask for, as RF 29 does.
+bytes (10^6), waited for step by step, the median of at least 50 steps, each one CUDA graph; compiled is the same step with forward and
+backward compiled by PyTorch, LSTM layers cuDNN's all the same; the last column is training's share of the speed of forward and backward
+alone, without optimiser and data, which is what the model bench times. Speed is not of the architecture alone: all are matched to RF 43,
+whose 256 channels suit kernels best; the others have the width that the FLOPs ask for, as RF 29 does.
 
 """
 
