@@ -358,7 +358,8 @@ def _weight_grad_of_planes(
     """Of fp32 through descriptors: `count` planes of both in bf16, and the bias's sums by the copy that makes those of grad_y."""
     (B, c_out, T), c_in, kernel_size = grad_y.shape, x.shape[1], problem.kernel_size
     weights, multiprocessors = kernel_size * c_out * c_in, facts(x.device).multiprocessors
-    n_rows, n_rows_of_x = (max(1, min(B * cdiv(T, 64), 4 * multiprocessors // cdiv(channels, 64))) for channels in (c_out, c_in))  # one wave of copies
+    # Four copying programs a multiprocessor: all at once, for five fit.
+    n_rows, n_rows_of_x = (max(1, min(B * cdiv(T, 64), 4 * multiprocessors // cdiv(channels, 64))) for channels in (c_out, c_in))
     read_grad_y = planes(grad_y, count, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed, n_rows)
     read_x = planes(x, count, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed, n_rows_of_x)
     kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (kernel_size, "ieee", False, True, count), config, config.TAPS)
