@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fuzzytok_kernels.kernels.sequences import row_length
-from fuzzytok_kernels.kernels.transpose import channels_last_kernel, rounded_taps_kernel
+from fuzzytok_kernels.kernels.transpose import channels_last_kernel, planes_kernel, rounded_taps_kernel
 from fuzzytok_kernels.program import Kernel, cdiv
 
 _MOST = 2**31 - 2**16  # sides and bounds: any that a coordinate can be
@@ -84,6 +84,24 @@ def channels_last(x: Traits) -> Callable[[Tensor], Tensor]:
         return rows
 
     return copied
+
+
+def planes(x: Traits, count: int, block_t: int, block_c: int, packed: bool, n_rows: int) -> Callable[[Tensor, Tensor | None], Described]:
+    """Makes the descriptor of `count` bf16 planes of an x (B, C, T), [count * B, T, C] or packed rows, n_rows of sums in a second tensor.
+
+    See `kernels/transpose.planes_kernel`.
+    """
+    (B, channels, T), width = x.shape, cdiv(x.shape[1], 8) * 8  # rows of 16 bytes
+    split = Kernel(planes_kernel, n_rows * cdiv(channels, 64), (count, 64, 64))
+    steps = Rows.of(count * B, T, T * width, width, block_t, packed)
+    describe = descriptor([*steps.shape, channels], [*steps.strides, 1], [*steps.block, block_c])
+
+    def described(x: Tensor, sums: Tensor | None) -> Described:
+        out = x.new_empty((count, B, T, width), dtype=torch.bfloat16)
+        split(x, out, sums, B, T, channels, width, *x.stride(), n_rows)
+        return describe(out)
+
+    return described
 
 
 def rows_or_columns(x: Traits, block_t: int, block_c: int, packed: bool) -> tuple[Callable[[Tensor], Described], bool]:
