@@ -11,7 +11,7 @@ from modes import DEVICE, ON_CUDA, needs_cuda, not_interpreted
 from paper_inputs import small_bundle, small_run
 
 from bench.grid import PAPER_SHAPES, Shape
-from bench.paper import beside, claims, costs, noises, prepare, resampling, runs, sweep, table1, table2, table2_text, traffic
+from bench.paper import beside, claims, costs, noises, prepare, radical_table, resampling, runs, sweep, table1, table2, table2_text, traffic
 from bench.paper.__main__ import main
 from bench.paper.train import Training
 
@@ -113,12 +113,38 @@ def test_table1_says_what_was_measured():
     assert "OutOfResources: no" in text and "Not measured: ncu is not on the PATH." in text and "8 times as much of x" in text
 
 
+def test_table1_says_where_ours_loses():
+    figures = made_up_table1()
+    row = figures["rows"][str(PAPER_SHAPES[2])]["forward"]
+    row["conv2d_trim"], row["conv1d_pad"] = row["conv2d_trim"] | {"us": 1.0}, row["conv1d_pad"] | {"launched_us": 49.0}
+    text = table1.text(figures)
+    assert "Faster than ours: in a graph, conv2d channels_last at 16 x 512; launched one by one, F.conv1d + F.pad at 16 x 512." in text
+    assert "Faster than ours: in a graph, none; launched one by one, none." in text
+
+
+def test_models_stand_in_the_order_of_the_configs_and_their_seeds():
+    runs = {f"{name}-{seed}": made_up_run(name, seed, 1.0) for name, seed in (("byte-lstm", 0), ("fuzzytok-43", 1), ("fuzzytok-43", 0))}
+    found = table2_text.models({"facts": small_bundle().facts, "runs": runs})
+    assert [(name, [each["run"]["seed"] for each in model.runs]) for name, model in found.items()] == [
+        ("fuzzytok-43", [0, 1]),
+        ("byte-lstm", [0]),
+    ]
+
+
+def test_the_radical_ratio_of_several_seeds_is_their_mean_and_lies_in_its_interval():
+    rows = [{name: [ratio, ratio - 0.1, ratio + 0.1] for name in radical_table.COLUMNS} for ratio in (1.0, 2.0)]
+    assert set(radical_table._cells(rows)) == {"1.500 ± 0.707 [1.400, 1.600]"}
+    assert set(radical_table._cells(rows[:1])) == {"1.000 [0.900, 1.100]"}
+    assert set(radical_table._cells([{name: [None, None, None] for name in radical_table.COLUMNS}])) == {"-"}
+
+
 def test_table2_says_where_fuzzytok_loses():
     text = table2_text.text(made_up_table2())
-    assert "| FuzzyTok, RF 43 | 2.1000 ± 0.1414 | 1.4556 | 4.287 |" in text
-    assert "| bits per byte | 2.100 (FuzzyTok, RF 43) | 1.600 (conv, BPE 4096) |" in text
+    assert "| FuzzyTok, RF 43 | 2.1000 ± 0.1414 | 1.4556 ± 0.0980 | 4.297 ± 0.421 |" in text
+    assert "| bits, loss and perplexity per byte | 2.100 (FuzzyTok, RF 43) | 1.600 (conv, BPE 4096) |" in text
     assert "| conv, BPE 4096 | 160 | 31.2% more | 640 | 31.2% more |" in text and "240 | 12.5% less |" in text
-    assert "43 of 43" in text and "25.0% of cuts" in text and "| +0.250 |" in text and "training bytes/s" not in text
+    assert "43 of 43" in text and "25.0% of cuts" in text and "| +0.250 ± 0.000 |" in text
+    assert "training MB/s" not in text.split("FuzzyTok loses")[1]
     assert "byte LSTM" not in text.split("Robustness")[1].split("Costs")[0] and "Not measured yet, or in part: byte LSTM." in text
     assert "Bar: FuzzyTok, RF 43 trains at >= 60%" in text and "Not measured yet: the step of any model compiled" in text
 
@@ -152,6 +178,8 @@ def test_every_defect_has_something_beside_it():
     said = {key: beside.beside(key, figures) for _, key, _ in claims.DEFECTS}
     assert said["losses"].startswith("FuzzyTok, RF 43: 2.100 bits per byte of held-out text, 1.456 nats.")
     assert said["memory"].startswith("210 MiB and 840 MiB, 4.00 times as much") and said["memory"].endswith("-31.2%, 12.5%.")
+    rival = table2_text.models(figures["table2"]["smoke"])["bpe4096-conv"]
+    assert beside._against_385(rival, [80.0, 800.0]).endswith("385 tokens that its parameter counts imply: 50.0%, -25.0%.")
     assert said["table1"].startswith("-, 1.50x, 1.50x, 1.50x; our tuned kernels / its tiled one: 6.00x")
     assert said["cudnn"].startswith("F.conv1d + F.pad takes 2.00 times our time")
     assert said["radical"] == said["per_byte"] == said["fields"] == "not measured yet"

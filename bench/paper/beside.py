@@ -1,6 +1,7 @@
 """Beside each defect of the paper: what we measured of the same thing."""
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -48,11 +49,23 @@ def _memory(figures: dict[str, Any]) -> str:
     _, found = _first(figures)
     peaks = [found[REFERENCE].measured("memory", shape) for shape in claims.MEMORY_SAVED]
     rivals = [found[name].measured("memory", shape) for name, shape in zip(_MEMORY_RIVALS, claims.MEMORY_SAVED, strict=True)]
-    saved = ", ".join(f"{1 - own / rival:.1%}" for own, rival in zip(peaks, rivals, strict=True))
+    saved = _saved(peaks, rivals)
     return (
         f"{peaks[0]:,.0f} MiB and {peaks[1]:,.0f} MiB, {peaks[1] / peaks[0]:.2f} times as much for four times the bytes; saved against the"
-        f" conv over BPE at the first and the Transformer over BPE at the second: {saved}."
+        f" conv over BPE at the first and the Transformer over BPE at the second: {saved}." + _against_385(found.get("bpe385-conv"), peaks)
     )
+
+
+def _saved(peaks: list[float], rivals: list[float]) -> str:
+    return ", ".join(f"{1 - own / rival:.1%}" for own, rival in zip(peaks, rivals, strict=True))
+
+
+def _against_385(rival: Model | None, peaks: list[float]) -> str:
+    """The vocabulary that the paper's baselines seem to have had."""
+    if rival is None:
+        return ""
+    saved = _saved(peaks, [rival.measured("memory", shape) for shape in claims.MEMORY_SAVED])
+    return f" Against the conv over the 385 tokens that its parameter counts imply: {saved}."
 
 
 def _fields(figures: dict[str, Any]) -> str:
@@ -68,7 +81,8 @@ def _radical(figures: dict[str, Any]) -> str:
     corpus = next(iter(figures["radical"].values()))
     language = corpus["languages"][0]
     names = ("bag of bytes", "FuzzyTok, RF 43, untrained", "FuzzyTok, RF 43", "byte LSTM")
-    return "; ".join(f"{name} {corpus['rows'][name][0][language]['ratio'][0]:.3f}" for name in names) + f" ({language})"
+    ratios = {name: statistics.mean(row[language]["ratio"][0] for row in corpus["rows"][name]) for name in names}
+    return "; ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()) + f" ({language} words)"
 
 
 def _causality(figures: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from bench.paper.radical import of_baselines
 from bench.paper.runs import Outcome
 from bench.paper.sharing import work_off
 from bench.paper.table2 import Found
+from bench.paper.table2_text import spread
 from bench.report import table
 
 COLUMNS = {
@@ -65,8 +66,8 @@ e(w) is the mean of the final states over the ids of `" " + w`; words of one roo
 ratio, mean cosine of words of one root over mean cosine of words of different roots, is what the paper prints (1.1186 for FuzzyTok and
 for the LSTM, 1.0917, 1.0524). Before anything else it depends on how far all vectors point the same way: see the bag of bytes and the
 untrained models. The gap is the difference of the two mean cosines after the mean of all vectors is taken off; the AUC is the
-probability that a pair of one root is closer than a pair of two, by the same cosines: 0.5 is chance. In brackets the interval of the
-first seed from resampled families (95 %); where there are several seeds, the figure before it is their mean."""
+probability that a pair of one root is closer than a pair of two, by the same cosines: 0.5 is chance. In brackets the interval from
+resampled families (95 %). Where there are several seeds, figure and bounds are means over them, and ± is the seeds' standard deviation."""
 
 
 def _better(rows: dict[str, list[dict[str, Any]]], language: str) -> str:
@@ -85,9 +86,9 @@ def _better(rows: dict[str, list[dict[str, Any]]], language: str) -> str:
 
 def _cells(rows: list[dict[str, Any]]) -> Iterator[str]:
     for name in COLUMNS:
-        values = _values(rows, name)
-        low, high = rows[0][name][1:]
-        yield f"{statistics.mean(values):.3f} [{low:.3f}, {high:.3f}]" if values and low is not None else "-"
+        found = [row[name] for row in rows if None not in row[name]]
+        values, low, high = zip(*found, strict=True) if found else ((), (), ())
+        yield f"{spread(list(values), '.3f')} [{statistics.mean(low):.3f}, {statistics.mean(high):.3f}]" if found else "-"
 
 
 def _values(rows: list[dict[str, Any]], name: str) -> list[float]:

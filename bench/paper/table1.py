@@ -1,6 +1,7 @@
 """Table 1 of the paper: tokens a second of the naive kernel, of Listing 1, of ours and of F.conv1d, forward and training."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def text(figures: dict[str, Any]) -> str:
     for op, title in (("forward", "Forward, one convolution"), ("forward_backward", "Training: forward and backward, one convolution")):
         parts += [f"### {title}", table(("B x T", *_header(op)), _lines(figures["rows"], op))]
         header = (f"launched one by one, {op.replace('_', ' + ')}", *(RIVALS[name] for name in _names(op)))
-        parts.append(table(header, _launched_lines(figures["rows"], op)))
+        parts += [table(header, _launched_lines(figures["rows"], op)), _faster(figures["rows"], op)]
     return "\n\n".join([*parts, *_traffic_text(figures["traffic"])])
 
 
@@ -140,6 +141,20 @@ def _launched_lines(rows: dict[str, Any], op: str) -> Iterator[tuple[str, ...]]:
         shape = Shape.parse(name)
         speeds = (_tokens_per_s(shape, ops[op].get(rival, {}).get("launched_us")) for rival in _names(op))
         yield (f"{shape.B} x {shape.T}", *(f"{speed / 1e6:.3g} M" if speed else "-" for speed in speeds))
+
+
+def _faster(rows: dict[str, Any], op: str) -> str:
+    """Where ours loses."""
+    said = []
+    for clock, how in (("us", "in a graph"), ("launched_us", "launched one by one")):
+        faster = [
+            f"{RIVALS[rival]} at {shape.B} x {shape.T}"
+            for shape, ops in ((Shape.parse(name), ops) for name, ops in rows.items())
+            for rival in _names(op)
+            if ops[op].get(rival, {}).get(clock, math.inf) < ops[op].get("ours", {}).get(clock, math.inf)
+        ]
+        said.append(f"{how}, {', '.join(faster) or 'none'}")
+    return f"Faster than ours: {'; '.join(said)}."
 
 
 def _traffic_text(figures: dict[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from bench.paper.claims import MEMORY_SAVED, TABLE2
-from bench.paper.config import REFERENCE
+from bench.paper.config import REFERENCE, model_names
 from bench.paper.models import Size, parameter_counts
 from bench.paper.noises import LABELS, NOISES
 from bench.report import table
@@ -58,15 +58,22 @@ class Model(NamedTuple):
 
 
 def models(corpus: dict[str, Any]) -> dict[str, Model]:
-    """By name, those with figures."""
+    """By name, those with figures, in the order of the configs."""
     found: dict[str, Model] = {}
-    for each in corpus["runs"].values():
+    names = model_names()
+    for each in sorted(corpus["runs"].values(), key=lambda each: (names.index(each["run"]["model"]["name"]), each["run"]["seed"])):
         config = each["run"]["model"]
         facts = corpus["facts"]
         bytes_per_id = facts["bytes"]["train"] / facts["ids"][config["vocabulary"]]
         fresh = Model(config["name"], config["label"], Size(**each["run"]["size"]), bytes_per_id, [])
         found.setdefault(config["name"], fresh).runs.append(each)
     return found
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean, and ± the standard deviation where there are several."""
+    deviation = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -156,8 +163,11 @@ def _quality(facts: dict[str, Any], found: dict[str, Model]) -> str:
     for model in found.values():
         if values := model.values("test"):
             total, inner = parameter_counts(model.size)
-            mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-            cells = [f"{mean:.4f}" + ("" if sd is None else f" ± {sd:.4f}"), f"{mean * math.log(2):.4f}", f"{2**mean:.3f}"]
+            cells = [
+                spread(values, ".4f"),
+                spread([bits * math.log(2) for bits in values], ".4f"),
+                spread([2**bits for bits in values], ".3f"),
+            ]
             field = model.size.receptive_field
             reach = "no limit" if field is None else f"{field * model.bytes_per_id:.0f}"
             cells += [f"{model.rate:g}", str(model.size.width), f"{total:,}", f"{inner:,}", f"{model.flops_per_byte / 1e6:.2f} M", reach]
@@ -172,9 +182,8 @@ def _quality(facts: dict[str, Any], found: dict[str, Model]) -> str:
 def _robustness(found: dict[str, Model]) -> str:
     lines = []
     for model in found.values():
-        if (clean := model.mean("robustness", "none")) is not None:
-            noisy = [model.mean("robustness", noise) for noise in NOISES]
-            lines.append((model.label, f"{clean:.3f}", *("-" if value is None else f"+{value - clean:.3f}" for value in noisy)))
+        if clean := model.values("robustness", "none"):
+            lines.append((model.label, spread(clean, ".3f"), *(spread(_more(model, noise), "+.3f") for noise in NOISES)))
     title = (
         "#### Robustness\n\nBits per byte of some documents of the test part, and how many more with each noise. A model that has learnt"
         " little has little to lose.\n\n"
@@ -236,9 +245,11 @@ _COSTS = """\
 Peak of all that is allocated in a training step launched op by op, at equal bytes, in MiB (2^20 bytes; the paper's are MB). The paper
 claims to save 38.1 % at 16 x 1024 against its conv over BPE and 95.7 % at 32 x 2048 against its Transformer. Training speed is in source
 bytes (10^6), waited for step by step, the median of at least 50 steps, each one CUDA graph; compiled is the same step with forward and
-backward compiled by PyTorch, LSTM layers cuDNN's all the same; the last column is training's share of the speed of forward and backward
-alone, without optimiser and data, which is what the model bench times. Speed is not of the architecture alone: all are matched to RF 43,
-whose 256 channels suit kernels best; the others have the width that the FLOPs ask for, as RF 29 does.
+backward compiled by PyTorch, LSTM layers cuDNN's all the same (its memory was not measured, and may be less for what is many small ops, as
+a Transformer is); the last column is training's share of the speed of forward and backward alone, without optimiser and data, which is
+what the model bench times. Speed and memory are not of the architecture alone: the convolutions over BPE run on our kernels too, FuzzyTok
+without them is the row of F.conv1d; and all are matched to RF 43, whose 256 channels suit kernels best, where the others have the width
+that the FLOPs ask for, as RF 29 does.
 
 """
 
@@ -261,7 +272,8 @@ def _not_compiled(timed: list[Model]) -> str:
 
 def _speeds(model: Model) -> Iterator[str]:
     trained, compiled, share = _training_rate(model), _compiled_rate(model), _share(model)
-    yield "-" if trained is None else f"{trained / 1e6:.2f}"
+    seeds = [rate / 1e6 for rate in model.values("training", "bytes_per_s")]
+    yield "-" if trained is None else spread(seeds or [trained / 1e6], ".2f")
     yield "-" if compiled is None else f"{compiled / 1e6:.2f}"
     yield "-" if share is None else f"{share:.0%}"
 
@@ -289,37 +301,47 @@ def _step_bytes(model: Model) -> float:
     return run["settings"]["batch"] * run["length"] * model.bytes_per_id
 
 
+class _Column(NamedTuple):
+    """Of a model: its value, None where it has none, whether more of it is better, and how it is printed."""
+
+    value: Callable[[Model], float | None]
+    more_is_better: bool = False
+    form: str = ".3f"
+
+
 def _lost(found: dict[str, Model]) -> str:
-    """Every column in which another model is better than the better of the two FuzzyToks."""
+    """Every column in which another model is better than a FuzzyTok, for each of the two."""
     ours = [model for model in found.values() if model.name.startswith("fuzzytok") and model.values("test")]
     rivals = [model for model in found.values() if not model.name.startswith("fuzzytok")]
-    columns: dict[str, tuple[Callable[[Model], float | None], bool]] = {
-        "bits per byte": (lambda model: model.mean("test"), False),
-        "training bytes/s": (lambda model: model.mean("training", "bytes_per_s"), True),
-        "training bytes/s, compiled": (_compiled_rate, True),
-        "parameters": (lambda model: parameter_counts(model.size)[0], False),
-        **{f"memory at {shape}": (functools.partial(_peak, shape=shape), False) for shape in MEMORY_SAVED},
-        **{f"noise, {LABELS[noise]}": (functools.partial(_more, noise=noise), False) for noise in NOISES},
+    columns = {
+        "bits, loss and perplexity per byte": _Column(lambda model: model.mean("test")),
+        "training MB/s": _Column(lambda model: _mega(model.mean("training", "bytes_per_s")), True, ".2f"),
+        "training MB/s, compiled": _Column(lambda model: _mega(_compiled_rate(model)), True, ".2f"),
+        "parameters": _Column(lambda model: parameter_counts(model.size)[0], form=",d"),
+        "parameters without embedding": _Column(lambda model: parameter_counts(model.size)[1], form=",d"),
+        "FLOPs/byte, M (matched, as far as widths go)": _Column(lambda model: model.flops_per_byte / 1e6, form=".2f"),
+        **{f"MiB at {shape} bytes": _Column(functools.partial(_peak, shape=shape), form=",.0f") for shape in MEMORY_SAVED},
+        **{f"noise, {LABELS[noise]}": _Column(functools.partial(_mean_more, noise=noise), form="+.3f") for noise in NOISES},
     }
-    lines = []
-    for name, (value, larger) in columns.items():
-        own = [(each, model) for model in ours if (each := value(model)) is not None]
-        theirs = [(each, model) for model in rivals if (each := value(model)) is not None]
-        if own and theirs:
-            best = (max if larger else min)(own, key=lambda pair: pair[0])
-            better = sorted(
-                (pair for pair in theirs if (pair[0] > best[0]) == larger and pair[0] != best[0]), key=lambda pair: pair[0], reverse=larger
-            )
-            if better:
-                lines.append(
-                    (name, f"{_short(best[0])} ({best[1].label})", ", ".join(f"{_short(each)} ({model.label})" for each, model in better))
-                )
-    body = table(("column", "FuzzyTok's better one", "better than that"), lines) if lines else "Nowhere."
+    lines = [line for name, column in columns.items() for model in ours if (line := _beaten(name, column, model, rivals))]
+    body = table(("column", "FuzzyTok", "better than that"), lines) if lines else "Nowhere."
     return f"#### Where FuzzyTok loses\n\n{body}"
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
+def _beaten(name: str, column: _Column, own: Model, rivals: list[Model]) -> tuple[str, str, str] | None:
+    """The line of the column, if a rival is better in it."""
+    value, sign = column.value(own), -1 if column.more_is_better else 1
+    theirs = [(each, model.label) for model in rivals if (each := column.value(model)) is not None]
+    if value is None:
+        return None
+    better = sorted((pair for pair in theirs if sign * pair[0] < sign * value), key=lambda pair: sign * pair[0])
+    if not better:
+        return None
+    return name, f"{value:{column.form}} ({own.label})", ", ".join(f"{each:{column.form}} ({label})" for each, label in better)
+
+
+def _mega(value: float | None) -> float | None:
+    return value and value / 1e6
 
 
 def _compiled_rate(model: Model) -> float | None:
@@ -331,9 +353,14 @@ def _peak(model: Model, shape: str) -> float | None:
     return model.mean("memory", shape)
 
 
-def _more(model: Model, noise: str) -> float | None:
-    clean, noisy = model.mean("robustness", "none"), model.mean("robustness", noise)
-    return None if clean is None or noisy is None else noisy - clean
+def _more(model: Model, noise: str) -> list[float]:
+    """Bits per byte that the noise adds, of each seed."""
+    pairs = zip(model.values("robustness", noise), model.values("robustness", "none"), strict=True)
+    return [noisy - clean for noisy, clean in pairs]
+
+
+def _mean_more(model: Model, noise: str) -> float | None:
+    return statistics.mean(values) if (values := _more(model, noise)) else None
 
 
 def _yes(value: bool) -> str:
