@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuzzytok_kernels import tuning
 from fuzzytok_kernels.checks import CHECKS
-from fuzzytok_kernels.descriptors import Rows, Traits, as_it_is, descriptor, rows, rows_or_columns, taps, traits
+from fuzzytok_kernels.descriptors import Rows, Traits, as_it_is, descriptor, planes, rows, rows_or_columns, taps, traits
 from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
@@ -31,6 +31,7 @@ _plans = functools.lru_cache(maxsize=4096)  # for each op; a training run whose 
 
 # Tensor cores cut what they add to fp32 off, always towards zero: after 16 million steps 1 % was gone (seen on an H100, T = 2**31).
 _LONGEST_SUM = 4096  # blocks of time that one accumulator takes
+_PLANES = {"bf16x3": 2, "bf16x6": 3}  # that fp32 is read as through descriptors, see `kernels/weight_grad.py`
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -320,15 +321,19 @@ def _weight_grad(
     tiles, steps = shares * cdiv(c_out, config.BLOCK_C_OUT), sequences.tiles(B, T, config.BLOCK_T)
     filling = max(1, config.programs_per_sm * facts(x.device).multiprocessors // tiles)
     splits = min(steps, max(filling, cdiv(steps, _LONGEST_SUM)))
+    precision = _precision(problem, x.device)
+    count = _PLANES.get(precision, 1) if config.path == "tma" else 1
+    if count > 1:
+        return _weight_grad_of_planes(problem, grad_y, x, sequences, shift, config, count, splits, tiles)
     direct = splits == 1
-    constants = kernel_size, _precision(problem, x.device), direct
+    constants = kernel_size, precision, direct
     numbers: tuple[int | None, ...] = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
     read_grad_y: Callable[[Tensor], Any] = as_it_is
     read_x: Callable[[Tensor], Any] = as_it_is
     if config.path == "tma":
         read_grad_y, grad_y_last = rows_or_columns(grad_y, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed)
         read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed)
-        kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (*constants, grad_y_last), config, config.TAPS)
+        kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (*constants, grad_y_last, 1), config, config.TAPS)
     else:
         kernel = Kernel(weight_grad_pointer_kernel, tiles * splits, constants, config, config.TAPS)
         numbers += (*sequences.strides_between(grad_y.strides), *sequences.strides_between(x.strides))
@@ -341,15 +346,40 @@ def _weight_grad(
         else:
             partial = x.new_empty(splits * (weights + shares * c_out), dtype=torch.float32)
             kernel(read_grad_y(grad_y), read_x(x), partial, partial, cu_seqlens, *numbers)
-            reduce(partial, grad_weight, grad_bias, weights, c_out, splits, shares)
+            reduce(partial, grad_weight, grad_bias, weights, c_out, splits, splits * shares)
         return grad_weight, grad_bias
 
     return launch
 
 
-def _reduction(splits: int, weights: int, c_out: int) -> Kernel:
-    # As many rows at a time as there are splits, and 4096 elements: enough loads in flight for a sum that is all latency.
-    block_rows = min(32, 1 << (splits - 1).bit_length())
+def _weight_grad_of_planes(
+    problem: Problem, grad_y: Traits, x: Traits, sequences: _Sequences, shift: int, config: Config, count: int, splits: int, tiles: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Of fp32 through descriptors: `count` planes of both in bf16, and the bias's sums by the copy that makes those of grad_y."""
+    (B, c_out, T), c_in, kernel_size = grad_y.shape, x.shape[1], problem.kernel_size
+    weights, multiprocessors = kernel_size * c_out * c_in, facts(x.device).multiprocessors
+    # Eight copying programs a multiprocessor: 101 us for both copies at C=256, 65,536 steps, where four take 106.
+    n_rows, n_rows_of_x = (max(1, min(B * cdiv(T, 64), 8 * multiprocessors // cdiv(channels, 64))) for channels in (c_out, c_in))
+    read_grad_y = planes(grad_y, count, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed, n_rows)
+    read_x = planes(x, count, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed, n_rows_of_x)
+    kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (kernel_size, "ieee", False, True, count), config, config.TAPS)
+    numbers = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
+    reduce = _reduction(max(splits, min(16, n_rows)), weights, c_out)  # the bias has more rows than the weight
+
+    def launch(grad_y: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        grad_weight, grad_bias = empty_weight(x, c_out, c_in, kernel_size), x.new_empty(c_out)
+        partial = x.new_empty(splits * weights + n_rows * c_out)
+        described = read_grad_y(grad_y, partial[splits * weights :]), read_x(x, None)
+        kernel(*described, partial, partial, cu_seqlens, *numbers)
+        reduce(partial, grad_weight, grad_bias, weights, c_out, splits, n_rows)
+        return grad_weight, grad_bias
+
+    return launch
+
+
+def _reduction(n_rows: int, weights: int, c_out: int) -> Kernel:
+    # As many rows at a time as there are, and 4096 elements: enough loads in flight for a sum that is all latency.
+    block_rows = min(32, 1 << (n_rows - 1).bit_length())
     block_columns = 4096 // block_rows
     return Kernel(reduce_partials_kernel, cdiv(weights, block_columns) + cdiv(c_out, block_columns), (block_rows, block_columns))
 
@@ -380,7 +410,8 @@ def _precision(problem: Problem, device: torch.device) -> str:
     """`input_precision` of the dots, which only fp32 needs: TF32, or three TF32 products for strict fp32.
 
     The weight-grad sums over T, the slower axis in memory, which the tensor cores take in 16 bits alone: there three or six bf16 products
-    (2,227 -> 1,081 us, and 2,743 -> 2,058 us strict, at C=512, B*T=65,536 on an H100; 58 times as exact as TF32, and as exact as strict).
+    (58 times as exact as TF32, and as exact as strict), of planes in memory through descriptors, else split in registers: 591 us and 1,295
+    at C=512, B*T=65,536 on an H100, with the copies that make the planes.
     """
     if problem.dtype not in ("tf32", "fp32") or not facts(device).tf32:
         return "ieee"

@@ -44,12 +44,13 @@ def conv_metadata(grid: tuple, metadata: Any, args: dict[str, Any]) -> dict[str,
 
 
 def weight_grad_metadata(grid: tuple, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """Of a launch of the weight-grad's first stage; its partial sums count as they are written."""
+    """Of a launch of the weight-grad's first stage; its partial sums count as they are written, and so do products of planes."""
+    planes = args.get("PLANES", 1)
     x, weights = args["x"], args["K"] * args["c_out"] * args["c_in"]
     written = weights * (1 if args["DIRECT"] else args["n_splits"]) * args["weight_out"].element_size()
     return {
         "name": metadata.name,
-        _flops(x): 2 * args["B"] * args["T"] * weights,
+        _flops(x): 2 * args["B"] * args["T"] * weights * planes * (planes + 1) // 2,
         "bytes": _bytes(args["grad_y"]) + _bytes(x) + written,
     }
 

@@ -96,14 +96,19 @@ def test_a_plan_keeps_no_tensor_alive(device, path):
 
 @needs_cuda
 @pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
-def test_strict_fp32(layout, strict, device, path):
-    inputs = make_inputs(Problem(B=4, c_in=128, c_out=96, T=300, K=3, d=4), torch.float32, device, x=layout, grad_y=layout)
+@pytest.mark.parametrize("c_in", [128, 36])  # 36: aligned in 32 bits alone
+def test_strict_fp32(c_in, layout, strict, device, path):
+    inputs = make_inputs(Problem(B=4, c_in=c_in, c_out=96, T=300, K=3, d=4), torch.float32, device, x=layout, grad_y=layout)
     assert_accurate(inputs)
 
 
 @needs_cuda
 @pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
-@pytest.mark.parametrize("problem", [ALIGNED, ODD, ALIGNED._replace(B=4, c_in=256, c_out=192, T=2053)], ids=["aligned", "odd", "long"])
+@pytest.mark.parametrize(
+    "problem",
+    [ALIGNED, ODD, ALIGNED._replace(c_in=36, c_out=20), ALIGNED._replace(B=4, c_in=256, c_out=192, T=2053)],
+    ids=["aligned", "odd", "aligned in 32 bits alone", "long"],
+)
 def test_tf32(problem, layout, device, path):
     """The error of operands rounded to the nearest TF32, twice at most. Not PyTorch's own: it takes TF32 for some shapes only."""
     inputs = make_inputs(problem, torch.float32, device, x=layout, grad_y=layout)

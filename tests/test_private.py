@@ -161,7 +161,7 @@ class Counting(_Pretended):
 
 launches = []
 driver.set_active(Counting(GPUTarget("cuda", 90, 32)))
-kernel = Kernel(channels_last_kernel, 7, (64, 64))
+kernel = Kernel(channels_last_kernel, 7, (False, 64, 64))
 arguments = torch.empty(8), torch.empty(8), 4, 2, 8, 4, 1
 kernel(*arguments)
 kernel(*arguments)

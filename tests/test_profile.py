@@ -55,6 +55,9 @@ with force(path="tma", BLOCK_T=16, BLOCK_C_IN=16, BLOCK_C_OUT=32, num_warps=4, n
     first = x.contiguous()  # is copied to channels-last
     copied = ["causal_conv1d_channels_last", "causal_conv1d_tma"]
     check(lambda: launch.causal_conv1d(first, weight, bias, 2), copied, 0, 2 * of_x)
+    wide = grad_y.float(), x.float()  # are read as planes in bf16
+    split = [*["causal_conv1d_planes"] * 2, "causal_conv1d_weight_grad_tma", "causal_conv1d_weight_grad_reduce"]
+    check(lambda: launch.causal_conv1d_weight_grad(*wide, K, 2), split, 0, None)
 
 from fuzzytok_kernels.streaming import launch as streaming
 state, step = torch.empty(B, c_in, 4, dtype=torch.bfloat16), torch.empty(B, c_in, 1, dtype=torch.bfloat16)

@@ -7,6 +7,9 @@ registers, by one of them, took 157 us where this takes 46, at C=256). `weight_o
 the bias's [splits, shares, C_out], with one share for each group of taps and block of input channels. Where one slice is all (DIRECT),
 `weight_out` and `bias_out` are the results themselves, and one program of each block of output channels sums the bias.
 
+Through descriptors fp32 is the sum of PLANES in bf16, two where TF32 is allowed and three where not, which `transpose.planes_kernel` has
+written: what is summed over the slower axis in memory, the tensor cores take in 16 bits alone. That kernel sums the bias, too.
+
 Where there are `cu_seqlens`, time is counted in slots, each a block of one sequence (see `sequences.py`). Rows of x beyond either end of
 that sequence count as zeros, and are not multiplied with zeros of `grad_y`: another sequence may hold NaN.
 """
@@ -26,12 +29,12 @@ from fuzzytok_kernels.profile import fixed_name, moved_metadata, weight_grad_met
 )
 def weight_grad_tma_kernel(
     grad_y, x, weight_out, bias_out, cu_seqlens, B, T, c_in, c_out, shift, n_splits, n_sequences,
-    K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Descriptors: grad_y [B, T, C_out] (GRAD_Y_CHANNELS_LAST) or [B, C_out, T], which is not shifted; x [B, T, C_in], which is.
 
-    Where there are `cu_seqlens`, both have a side, a bound and a step in place of [B, T].
+    Where there are `cu_seqlens`, both have a side, a bound and a step in place of [B, T]. PLANES follow each other along B, or T.
     """
     n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
@@ -41,46 +44,60 @@ def weight_grad_tma_kernel(
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype)
     sums, bias_sum = _add_blocks(
-        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, shift, share_first, share_last,
-        PRECISION, GRAD_Y_CHANNELS_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
+        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, B, T, k, ci, co, shift, share_first, share_last,
+        PRECISION, GRAD_Y_CHANNELS_LAST, PLANES, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
     )  # fmt: skip
-    _store(
-        sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
-    )  # fmt: skip
+    _store_taps(sums, weight_out, k, ci, co, split, c_in, c_out, K, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
+    if PLANES == 1:
+        _store_bias(bias_sum, bias_out, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
 
 
 @triton.jit
 def _add_blocks(
-    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, shift, share_first, share_last,
-    PRECISION: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr,
+    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, B, T, k, ci, co, shift, share_first, share_last,
+    PRECISION: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """The sums and those of the time blocks from `first` to `last`."""
     side: tl.constexpr = None if cu_seqlens is None else 0
+    apart = B if cu_seqlens is None else T
     if cu_seqlens is not None:
         n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
         start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
-    for i in range(first, last):
-        b, t = i // n_t, i % n_t * BLOCK_T
+    PRODUCTS: tl.constexpr = PLANES * (PLANES + 1) // 2
+    for i in range(first * PRODUCTS, last * PRODUCTS):
+        block = i // PRODUCTS
+        of_grad_y, of_x = _planes(i % PRODUCTS)
+        b, t = block // n_t, block % n_t * BLOCK_T
         if cu_seqlens is not None:
             # Moved so that it ends with the sequence at the latest. The steps before the slot, which are of another one, count as zeros:
             # for grad_y the row begins with the slot.
             b, t = start, tl.minimum(slot_t, length - BLOCK_T)
-            dy = load(grad_y, side, b + slot_t, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
+            dy = load(grad_y, side, b + slot_t + of_grad_y * apart, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
         elif GRAD_Y_CHANNELS_LAST:
-            dy = grad_y.load([b, t, co]).reshape(BLOCK_T, BLOCK_C_OUT).T  # [C_out, T], zeros from T on
+            dy = grad_y.load([b + of_grad_y * apart, t, co]).reshape(BLOCK_T, BLOCK_C_OUT).T  # [C_out, T], zeros from T on
         else:
             dy = grad_y.load([b, co, t]).reshape(BLOCK_C_OUT, BLOCK_T)
         grown = ()
         for j in tl.static_range(TAPS):
-            rows = load(x, side, b, t - (k + j) * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)  # [T, C_in], zeros before t = 0, by the hardware
+            # [T, C_in], zeros before t = 0, by the hardware
+            rows = load(x, side, b + of_x * apart, t - (k + j) * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)
             grown = grown + (dot(dy, rows, sums[j], PRECISION),)  # type: ignore[assignment]  # [C_out, C_in] each
         sums = grown
-        if (i >= share_first) & (i < share_last):
+        if PLANES == 1 and (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
         if cu_seqlens is not None:  # at the end, and carried over: a load that another waits for within the loop takes stages from it
-            n, start, length, slot_t = following(i, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
+            slot = (i + 1) // PRODUCTS - 1
+            n, start, length, slot_t = following(slot, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
+
+
+@triton.jit
+def _planes(product):
+    """Those of grad_y and x that a product is of: 0 0, 0 1, 1 0, 0 2, 1 1, 2 0. Others are less than the rounding of the last plane."""
+    order = (product + 1) // 2 - product // 5  # 0 1 1 2 2 2
+    of_grad_y = product - order * (order + 1) // 2
+    return of_grad_y, order - of_grad_y
 
 
 @triton.jit(
@@ -107,9 +124,8 @@ def weight_grad_pointer_kernel(
         share_first, share_last, stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
         PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
     )  # fmt: skip
-    _store(
-        sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
-    )  # fmt: skip
+    _store_taps(sums, weight_out, k, ci, co, split, c_in, c_out, K, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
+    _store_bias(bias_sum, bias_out, co, split, share, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
 
 
 @triton.jit
@@ -159,21 +175,21 @@ def _add_blocks_by_pointers(
 
 
 @triton.jit(
-    do_not_specialize=["n_splits", "n_shares"],
+    do_not_specialize=["n_splits", "n_rows"],
     repr=fixed_name("causal_conv1d_weight_grad_reduce"),
     launch_metadata=moved_metadata,
 )
 def reduce_partials_kernel(
-    partial, grad_weight, grad_bias, n_weight, n_bias, n_splits, n_shares, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    partial, grad_weight, grad_bias, n_weight, n_bias, n_splits, n_rows, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """Sum the weight's n_splits rows and the bias's n_splits * n_shares rows in a fixed order; cast to the outputs' dtype."""
+    """Sum the weight's n_splits rows and the bias's n_rows behind them in a fixed order; cast to the outputs' dtype."""
     pid = tl.program_id(0)
     weight_programs = tl.cdiv(n_weight, BLOCK_COLUMNS)
     if pid < weight_programs:
         _sum_rows(partial, grad_weight, pid, n_weight, n_splits, BLOCK_ROWS, BLOCK_COLUMNS)
     else:
         bias_partial = partial + tl.cast(n_splits, tl.int64) * n_weight
-        _sum_rows(bias_partial, grad_bias, pid - weight_programs, n_bias, n_splits * n_shares, BLOCK_ROWS, BLOCK_COLUMNS)
+        _sum_rows(bias_partial, grad_bias, pid - weight_programs, n_bias, n_rows, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -217,9 +233,9 @@ def _add_rows(dy, ones, bias_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    sums, bias_sum, weight_out, bias_out, k, ci, co, split, share, c_in, c_out, n_splits,
-    K: tl.constexpr, DIRECT: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
+def _store_taps(
+    sums, weight_out, k, ci, co, split, c_in, c_out,
+    K: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     o, c = co + tl.arange(0, BLOCK_C_OUT).to(tl.int64), ci + tl.arange(0, BLOCK_C_IN)
     for j in tl.static_range(TAPS):
@@ -227,6 +243,14 @@ def _store(
         n_rows = tl.where(k + j < K, c_out, 0)  # the last group of taps may be short
         out = weight_out + (tap + o[:, None]) * c_in + c[None, :]
         tl.store(out, sums[j].to(weight_out.dtype.element_ty), mask=(o < n_rows)[:, None] & (c < c_in)[None, :])
+
+
+@triton.jit
+def _store_bias(
+    bias_sum, bias_out, co, split, share, c_in, c_out, n_splits,
+    K: tl.constexpr, DIRECT: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    o = co + tl.arange(0, BLOCK_C_OUT).to(tl.int64)
     first_column = tl.where(tl.arange(0, 16)[None, :] == 0, bias_sum, 0.0)
     n_shares = tl.cdiv(K, TAPS) * tl.cdiv(c_in, BLOCK_C_IN)
     row, n_rows = split.to(tl.int64) * n_shares + share, c_out

@@ -39,13 +39,13 @@ def describable(
 ) -> bool:
     """Whether descriptors can read such tensors, where the hardware has them: rows are multiples of 16 bytes, coordinates have 32 bits.
 
-    Packed, one of these is taken: steps are counted up to 2**30, see `kernels/sequences.py`.
+    Packed, one of these is taken: steps are counted up to 2**30, see `kernels/sequences.py`, in fp32 those of three planes in a row.
     """
-    row = 16 // element_size
+    row, most = 16 // element_size, 2**31 // element_size if packed else 2**31
     return (
         c_in % row == 0
         and c_out % (2 * row if epilogue in GATES else row) == 0
-        and (kernel_size + 2) * min(dilation, T) + T < (2**30 if packed else 2**31)  # a group of taps may reach two beyond the last
+        and (kernel_size + 2) * min(dilation, T) + T < most  # a group of taps may reach two beyond the last
     )
 
 
