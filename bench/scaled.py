@@ -15,18 +15,21 @@ _METHOD = """\
 A step of ByteLM (C=256, nine blocks; forward, loss, backward, the mean of the gradients; no optimiser) on one row, whose bytes lie on the
 GPUs in the order of time; parameters in fp32 under autocast to bf16, or FSDP2's mixed precision. Each form's gradients were first compared
 with those of one rank that has all bytes. A time is the median of 9 rounds of at least 60 ms, of a captured graph that is replayed, all
-forms in turns; of the GPUs the slowest. All GPUs of the host work at the same time: where a row has fewer, several rows do, and the worst
-is given. Efficiency is against the same GPUs, each on its own: tokens/s over the sum of theirs. "Without exchange" is the same step on the
-same GPUs at the same time, with no message and so with wrong gradients. Bytes are those that all GPUs of a row send in a step, by formula:
-histories, and gradients and parameters in rings. NCCL's time is that of its kernels in a profile of 5 steps, on the GPU that waits least
-for the others; hidden is what of it lies beside another kernel; in "other kernels" some other kernel runs, on the GPU where it is longest.
-A kernel that shares its GPU with NCCL's takes longer: hidden is not free."""
+forms in turns, after a second of the same; of the GPUs the slowest. All GPUs of a run work at the same time: where a row has fewer, several
+rows do, and the worst is given. Efficiency is tokens/s over the sum of what the same GPUs do, each on its own: in a run before ("one GPU"),
+and in turns with the exchange ("in turns"). These are the same step, without a message and so, on several GPUs, with wrong gradients; but a
+GPU is slower after seconds of work than after none, and only "in turns" compares like with like. "Without exchange" is its time. The bar is
+met where both are at least that. Bytes are those that all GPUs of a row send in a step, by formula: histories, and gradients and parameters
+in rings. NCCL's time is that of its kernels in a profile of 5 steps, on the GPU that waits least for the others; hidden is what of it lies
+beside another kernel; in "other kernels" some other kernel runs, on the GPU where it is longest. A kernel that shares its GPU with NCCL's
+takes longer: hidden is not free."""
 _WEAK = (
     "GPUs",
     "exchange",
     "us a step",
     "tokens/s",
-    "efficiency",
+    "efficiency: one GPU",
+    "in turns",
     "without exchange",
     "bytes: histories",
     "gradients, parameters",
@@ -53,9 +56,9 @@ class Times(NamedTuple):
         """Of the slowest rank."""
         return max(self.us(ranks, T, form, how), default=None)
 
-    def weak(self, ranks: int, T: int, form: str) -> float | None:
-        """The efficiency of the worst row of GPUs: their tokens/s over the sum of what each does on its own."""
-        alone, together = self.us(1, T, ALONE), self.us(ranks, T, form)
+    def weak(self, ranks: int, T: int, form: str, in_turns: bool = False) -> float | None:
+        """The efficiency of the worst row of GPUs: their tokens/s over the sum of what each does on its own, before or in turns."""
+        alone, together = self.us(ranks if in_turns else 1, T, ALONE), self.us(ranks, T, form)
         rows = range(0, min(len(alone), len(together)), ranks)
         shares = [ranks / max(together[i : i + ranks]) / sum(1 / us for us in alone[i : i + ranks]) for i in rows]
         return min(shares, default=None)
@@ -104,10 +107,13 @@ def report(machine: dict[str, str], files: list[Times], links: list[dict[str, An
 
 
 def _bar(files: list[Times]) -> Iterator[str]:
-    yield from ("| asked | measured | |", "|---|---|---|")
-    share = next(filter(None, (times.weak(2, MAIN, STACK) for times in files)), None)
-    verdict = "not measured" if share is None else "met" if share >= BAR else "missed"
-    yield f"| sequence parallel, weak scaling on 2 GPUs, {MAIN:,} bytes each: >= {BAR:.0%} | {_share(share)} | {verdict} |"
+    yield from ("| asked | measured: one GPU | in turns | |", "|---|---|---|---|")
+    times = next((times for times in files if times.weak(2, MAIN, STACK)), Times({}))
+    shares = times.weak(2, MAIN, STACK), times.weak(2, MAIN, STACK, in_turns=True)
+    measured = [share for share in shares if share is not None]
+    verdict = "not measured" if not measured else "met" if min(measured) >= BAR else "missed"
+    figures = " | ".join(map(_share, shares))
+    yield f"| sequence parallel, weak scaling on 2 GPUs, {MAIN:,} bytes each: >= {BAR:.0%} | {figures} | {verdict} |"
 
 
 def _weak(files: list[Times], T: int) -> Iterator[str]:
@@ -118,8 +124,9 @@ def _weak(files: list[Times], T: int) -> Iterator[str]:
             if us and steps == T and (form != ALONE or ranks == 1):
                 history, gradients = bytes_sent(form, ranks, T, DIM, ITEMSIZE)
                 seen = _seen(times.exchanged(2 if form == ALONE else ranks, T, form))
+                shares = " | ".join(_share(times.weak(ranks, T, form, in_turns)) for in_turns in (False, True))
                 yield (
-                    f"| {ranks} | {form} | {us:,.0f} | {ranks * T / us * 1e6:,.0f} | {_share(times.weak(ranks, T, form))} "
+                    f"| {ranks} | {form} | {us:,.0f} | {ranks * T / us * 1e6:,.0f} | {shares} "
                     f"| {f'{same:,.0f} us' if same else ''} | {history:,} | {gradients:,} | {seen} |"
                 )
 

@@ -42,6 +42,7 @@ ALONE = "none"
 # Where it exchanges, and what makes the mean of the gradients, if not `average_gradients`.
 FORMS = (ALONE, STACK, CONVOLUTIONS, f"{STACK}, DDP", f"{STACK}, FSDP2", f"{STACK}, FSDP2, one unit")
 ROUNDS, EAGER_ROUNDS, EAGER_STEPS, WARM_UP, PROFILED = 9, 3, 10, 12, 5  # DDP asks for 11 steps before a capture
+SETTLING = 16  # rounds before the first: a GPU slows down as it works; a step took 2,525 us in the first 0.6 s, 2,615 in the first 4
 MAIN = 65536  # bytes a rank, at which all forms are timed
 WEAK, STRONG = (MAIN, 16384), (MAIN, 4 * MAIN)  # bytes a rank, and of all ranks together
 ELSEWHERE = (ALONE, STACK)
@@ -212,12 +213,12 @@ def _check(steps: dict[str, Step]) -> None:
 
 def _timed(steps: dict[str, Step], ranks: int, T: int, device: torch.device) -> Iterator[Row]:
     _check(steps)
-    for name, us in _in_turns(dict(steps), EAGER_ROUNDS, EAGER_STEPS, device).items():
+    for name, us in _in_turns(dict(steps), EAGER_ROUNDS, EAGER_STEPS, EAGER_STEPS, device).items():
         yield Row(ranks, T, name, "launched", us)
     if device.type == "cuda":
         replays = _replays(steps)
         count = max(6, min(96, 3 * (1 << 19) // T))  # 60 ms from 16,384 bytes on; the tests have few
-        for name, us in _in_turns(replays, ROUNDS, count, device).items():
+        for name, us in _in_turns(replays, ROUNDS, count, SETTLING * count // len(replays), device).items():
             yield Row(ranks, T, name, "replayed", us)
 
 
@@ -249,12 +250,15 @@ def _captured(step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _in_turns(calls: dict[str, Callable[[], object]], rounds: int, count: int, device: torch.device) -> dict[str, list[float]]:
-    """The median microseconds of a call of each, on every rank; a round is `count` of them, which begin on all ranks at once."""
+def _in_turns(calls: dict[str, Callable[[], object]], rounds: int, count: int, first: int, device: torch.device) -> dict[str, list[float]]:
+    """The median microseconds of a call of each, on every rank; a round is `count` of them, which begin on all ranks at once.
+
+    A first one, of `first`, is not timed.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 + rounds):
+    for calls_each in (first, *[count] * rounds):
         for name, call in calls.items():
-            found[name].append(microseconds(call, count, device))
+            found[name].append(microseconds(call, calls_each, device))
     return {name: _gathered(statistics.median(values[1:])) for name, values in found.items()}
 
 

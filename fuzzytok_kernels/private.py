@@ -66,8 +66,3 @@ def has_hooks(module: torch.nn.Module) -> bool:
 def after_backward(callback: Callable[[], None]) -> None:
     """Within a backward: has `callback` called at its end, on the streams of its caller."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
-
-
-def copy_together(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """`copy_` of each pair, on a GPU in few kernels if their strides agree."""
-    torch._foreach_copy_(targets, sources)

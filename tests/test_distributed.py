@@ -10,6 +10,7 @@ from ranks import GPUS, RANKS, Ranks
 from bench import sequence_parallel
 from fuzzytok_kernels.distributed import history_bytes, sharding
 from fuzzytok_kernels.distributed.exchange import TimeShards
+from fuzzytok_kernels.distributed.sequence import without_history
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),  # `--dist loadgroup`: one process spawns them
@@ -116,6 +117,19 @@ def test_sequence_parallel(activation, lengths, ranks):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_bytes_sent(lengths, ranks):
     ranks.run(sequence_checks.bytes_sent, lengths)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_gradient_of_what_drops_a_history(dim, order):
+    """Zeros, and the gradient behind them, in memory as it lies itself."""
+    shape = (2, 3, 5)
+    y = torch.randn((2, 7, 5) if dim == 1 else (2, 3, 9), requires_grad=True)
+    grad = torch.empty_permuted(shape, order).normal_()
+    (got,) = torch.autograd.grad(without_history(y, 4, dim), y, grad)
+    (want,) = torch.autograd.grad(y.narrow(dim, 4, shape[dim]), y, grad)
+    assert torch.equal(got, want)
+    assert got.stride() == torch.empty_permuted(y.shape, order).stride()
 
 
 def test_stored_pre_activation(ranks):

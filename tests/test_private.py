@@ -127,12 +127,6 @@ def test_after_backward():
     assert seen == [[3.0, 3.0]], broken("gradients would not have been averaged when a backward returns")
 
 
-def test_copy_together():
-    targets, sources = [torch.zeros(2, 3), torch.zeros(4)], [torch.ones(3, 2).mT, torch.full((4,), 2.0)]
-    private.copy_together(targets, sources)
-    assert all(map(torch.equal, targets, sources)), broken("averaged gradients would be wrong")
-
-
 def test_keys_of_the_dispatcher():
     """`Library.impl` is public, its keys' names are not."""
     for key, what in {

@@ -59,11 +59,15 @@ class _Averaging:
                 parameter.grad = view
 
     def joined(self, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The gradients in one tensor, and as views of it."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        sizes = [gradient.numel() for gradient in gradients]
-        whole = gradients[0].new_empty(sum(sizes))
-        parts = zip(parameters, whole.split(sizes), strict=True)
-        views = [part.as_strided(parameter.shape, self.strides[parameter]) for parameter, part in parts]
-        private.copy_together(views, gradients)
-        return whole, views
+        """The gradients in one tensor, and as views of it. `_foreach_copy_`, with few blocks, took 16 us of ByteLM's on an H100."""
+        flat = [_flat(parameter.grad, self.strides[parameter]) for parameter in parameters if parameter.grad is not None]
+        whole = torch.cat(flat)
+        parts = zip(parameters, whole.split([part.numel() for part in flat]), strict=True)
+        return whole, [part.as_strided(parameter.shape, self.strides[parameter]) for parameter, part in parts]
+
+
+def _flat(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Its elements in the order of `strides`, which have no gaps; a view where it lies so."""
+    if gradient.stride() != strides:
+        gradient = gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
+    return gradient.as_strided((gradient.numel(),), (1,))
