@@ -31,7 +31,7 @@ _plans = functools.lru_cache(maxsize=4096)  # for each op; a training run whose 
 
 # Tensor cores cut what they add to fp32 off, always towards zero: after 16 million steps 1 % was gone (seen on an H100, T = 2**31).
 _LONGEST_SUM = 4096  # blocks of time that one accumulator takes
-_PLANES = {"bf16x3": 2, "bf16x6": 3}  # that fp32 is read as through descriptors, see `kernels/weight_grad.py`
+_PLANES = 2  # in bf16, that TF32 is read as by the weight-grad through descriptors, see `kernels/weight_grad.py`
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -322,9 +322,8 @@ def _weight_grad(
     filling = max(1, config.programs_per_sm * facts(x.device).multiprocessors // tiles)
     splits = min(steps, max(filling, cdiv(steps, _LONGEST_SUM)))
     precision = _precision(problem, x.device)
-    count = _PLANES.get(precision, 1) if config.path == "tma" else 1
-    if count > 1:
-        return _weight_grad_of_planes(problem, grad_y, x, sequences, shift, config, count, splits, tiles)
+    if config.path == "tma" and precision == "bf16x3":
+        return _weight_grad_of_planes(problem, grad_y, x, sequences, shift, config, splits, tiles)
     direct = splits == 1
     constants = kernel_size, precision, direct
     numbers: tuple[int | None, ...] = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
@@ -353,16 +352,16 @@ def _weight_grad(
 
 
 def _weight_grad_of_planes(
-    problem: Problem, grad_y: Traits, x: Traits, sequences: _Sequences, shift: int, config: Config, count: int, splits: int, tiles: int
+    problem: Problem, grad_y: Traits, x: Traits, sequences: _Sequences, shift: int, config: Config, splits: int, tiles: int
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Of fp32 through descriptors: `count` planes of both in bf16, and the bias's sums by the copy that makes those of grad_y."""
+    """Of TF32 through descriptors: planes of both in bf16, and the bias's sums by the copy that makes those of grad_y."""
     (B, c_out, T), c_in, kernel_size = grad_y.shape, x.shape[1], problem.kernel_size
     weights, multiprocessors = kernel_size * c_out * c_in, facts(x.device).multiprocessors
     # Eight copying programs a multiprocessor: 101 us for both copies at C=256, 65,536 steps, where four take 106.
     n_rows, n_rows_of_x = (max(1, min(B * cdiv(T, 64), 8 * multiprocessors // cdiv(channels, 64))) for channels in (c_out, c_in))
-    read_grad_y = planes(grad_y, count, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed, n_rows)
-    read_x = planes(x, count, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed, n_rows_of_x)
-    kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (kernel_size, "ieee", False, True, count), config, config.TAPS)
+    read_grad_y = planes(grad_y, _PLANES, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed, n_rows)
+    read_x = planes(x, _PLANES, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed, n_rows_of_x)
+    kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (kernel_size, "ieee", False, True, _PLANES), config, config.TAPS)
     numbers = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
     reduce = _reduction(max(splits, min(16, n_rows)), weights, c_out)  # the bias has more rows than the weight
 

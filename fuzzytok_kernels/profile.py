@@ -50,7 +50,7 @@ def weight_grad_metadata(grid: tuple, metadata: Any, args: dict[str, Any]) -> di
     written = weights * (1 if args["DIRECT"] else args["n_splits"]) * args["weight_out"].element_size()
     return {
         "name": metadata.name,
-        _flops(x): 2 * args["B"] * args["T"] * weights * planes * (planes + 1) // 2,
+        _flops(x): 2 * args["B"] * args["T"] * weights * (2 * planes - 1),
         "bytes": _bytes(args["grad_y"]) + _bytes(x) + written,
     }
 

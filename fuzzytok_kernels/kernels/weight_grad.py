@@ -7,8 +7,10 @@ registers, by one of them, took 157 us where this takes 46, at C=256). `weight_o
 the bias's [splits, shares, C_out], with one share for each group of taps and block of input channels. Where one slice is all (DIRECT),
 `weight_out` and `bias_out` are the results themselves, and one program of each block of output channels sums the bias.
 
-Through descriptors fp32 is the sum of PLANES in bf16, two where TF32 is allowed and three where not, which `transpose.planes_kernel` has
-written: what is summed over the slower axis in memory, the tensor cores take in 16 bits alone. That kernel sums the bias, too.
+Through descriptors, where TF32 is allowed, fp32 is the sum of two PLANES in bf16, which `transpose.planes_kernel` has written: what is
+summed over the slower axis in memory, the tensor cores take in 16 bits alone. That kernel sums the bias, too. Strict fp32 is split in
+registers: of three planes in memory the tensor cores would add each small product to the large sum, whose last bits they cut off, which was
+up to 11 times as far off as allowed.
 
 Where there are `cu_seqlens`, time is counted in slots, each a block of one sequence (see `sequences.py`). Rows of x beyond either end of
 that sequence count as zeros, and are not multiplied with zeros of `grad_y`: another sequence may hold NaN.
@@ -64,10 +66,10 @@ def _add_blocks(
     if cu_seqlens is not None:
         n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
         start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
-    PRODUCTS: tl.constexpr = PLANES * (PLANES + 1) // 2
+    PRODUCTS: tl.constexpr = 2 * PLANES - 1  # that of both second planes is less than their rounding
     for i in range(first * PRODUCTS, last * PRODUCTS):
         block = i // PRODUCTS
-        of_grad_y, of_x = _planes(i % PRODUCTS)
+        of_grad_y, of_x = i % PRODUCTS // 2, i % PRODUCTS % 2  # planes: 0 0, 0 1, 1 0
         b, t = block // n_t, block % n_t * BLOCK_T
         if cu_seqlens is not None:
             # Moved so that it ends with the sequence at the latest. The steps before the slot, which are of another one, count as zeros:
@@ -90,14 +92,6 @@ def _add_blocks(
             slot = (i + 1) // PRODUCTS - 1
             n, start, length, slot_t = following(slot, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
-
-
-@triton.jit
-def _planes(product):
-    """Those of grad_y and x that a product is of: 0 0, 0 1, 1 0, 0 2, 1 1, 2 0. Others are less than the rounding of the last plane."""
-    order = (product + 1) // 2 - product // 5  # 0 1 1 2 2 2
-    of_grad_y = product - order * (order + 1) // 2
-    return of_grad_y, order - of_grad_y
 
 
 @triton.jit(

@@ -39,7 +39,7 @@ def describable(
 ) -> bool:
     """Whether descriptors can read such tensors, where the hardware has them: rows are multiples of 16 bytes, coordinates have 32 bits.
 
-    Packed, one of these is taken: steps are counted up to 2**30, see `kernels/sequences.py`, in fp32 those of three planes in a row.
+    Packed, one of these is taken: steps are counted up to 2**30, see `kernels/sequences.py`, in fp32 those of two planes in a row.
     """
     row, most = 16 // element_size, 2**31 // element_size if packed else 2**31
     return (

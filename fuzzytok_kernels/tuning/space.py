@@ -88,9 +88,10 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
         path = "tma" if problem.aligned and problem.steps >= 1 << 12 else "pointer"
     wide = _element_size(problem) // 2
     if problem.op == "causal_conv1d_weight_grad":
-        block_in, block_out = _block(problem.c_in, 128), _block(problem.c_out, 128)
+        # Three TF32 products with 128 rows would take 800 of the 512 columns of Blackwell's tensor memory, under Triton 3.6.
+        block_in, block_out = _block(problem.c_in, 64 if problem.dtype == "fp32" else 128), _block(problem.c_out, 128)
         if path == "tma":
-            return Config(path, 64, block_in, block_out, 8, 2, 1)
+            return Config(path, 128 // _size_read(problem, path), block_in, block_out, 8, 2, 1)
         return Config(path, 32, min(block_in, 64), min(block_out, 64), 4, 2, 2)
     summed, produced = channels(problem)
     if path == "tma":
@@ -140,8 +141,8 @@ def predicted(problem: Problem, config: Config, multiprocessors: int) -> float:
         rows, columns, depth = config.BLOCK_C_OUT, config.TAPS * config.BLOCK_C_IN, config.BLOCK_T
         persistent = False
         tail = 0.0 if splits == 1 else 3e3 + programs * rows * columns * 8 / 2e3  # the reduction: a launch, and the partial sums twice
-        if tma and _element_size(problem) == 4:  # two launches, that read 4 bytes and write 4, or 6
-            inner *= 3 if problem.dtype == "tf32" else 6
+        if tma and problem.dtype == "tf32":  # two launches, that read 4 bytes and write 4
+            inner *= 3
             tail += 6e3 + problem.steps * (problem.c_in + problem.c_out) * 8 / 2.5e3
     else:
         summed, produced = channels(problem)
@@ -186,8 +187,9 @@ def _block(count: int, most: int) -> int:
 
 
 def _size_read(problem: Problem, path: str) -> int:
-    """The bytes of an element as the products read it: through descriptors the weight-grad reads fp32 as planes in bf16."""
-    return 2 if problem.op == "causal_conv1d_weight_grad" and path == "tma" else _element_size(problem)
+    """The bytes of an element as the products read it: through descriptors the weight-grad reads TF32 as planes in bf16."""
+    planes = problem.op == "causal_conv1d_weight_grad" and problem.dtype == "tf32" and path == "tma"
+    return 2 if planes else _element_size(problem)
 
 
 def _element_size(problem: Problem) -> int:
