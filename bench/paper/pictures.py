@@ -1,7 +1,5 @@
 """The pictures of the report: learning curves over bytes, and bits per byte over FLOPs."""
 
-import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ def draw(table2: dict[str, Any], folder: Path) -> list[Path]:
     """Two pictures a corpus; the files drawn."""
     drawn = []
     for name, corpus in table2.items():
-        found = [model for model in models(corpus).values() if any(_curves(model))]
+        found = [model for model in models(corpus).values() if model.curve()]
         if found:
             drawn += [_over_bytes(name, found, folder), _over_flops(name, found, folder)]
     return drawn
@@ -33,7 +31,7 @@ def draw(table2: dict[str, Any], folder: Path) -> list[Path]:
 def _over_bytes(name: str, found: list[Model], folder: Path) -> Path:
     figure, axes = blank(f"Learning curves, {name} corpus: bits per byte of the validation part")
     for model in found:
-        points = [(size / (1 << 20), bits) for size, bits in _mean_curve(model)]
+        points = [(size / (1 << 20), bits) for size, bits in model.curve()]
         axes.plot(*zip(*points, strict=True), ".-", color=_COLOURS.get(model.name), label=model.label)
     axes.set(xlabel="MiB trained on", ylabel="bits per byte")
     return save(figure, axes, folder / f"curves-{name}.png", legend="upper right")
@@ -42,19 +40,7 @@ def _over_bytes(name: str, found: list[Model], folder: Path) -> Path:
 def _over_flops(name: str, found: list[Model], folder: Path) -> Path:
     figure, axes = blank(f"Bits per byte of the validation part over the FLOPs of training, {name} corpus")
     for model in found:
-        points = [(3 * size * model.flops_per_byte, bits) for size, bits in _mean_curve(model)]
+        points = [(3 * size * model.flops_per_byte, bits) for size, bits in model.curve()]
         axes.plot(*zip(*points, strict=True), ".-", color=_COLOURS.get(model.name), label=model.label)
     axes.set(xscale="log", xlabel="FLOPs, forward and backward", ylabel="bits per byte")
     return save(figure, axes, folder / f"flops-{name}.png", legend="upper right")
-
-
-def _mean_curve(model: Model) -> list[tuple[float, float]]:
-    """(bytes, bits) of each point, the mean over the seeds."""
-    rows = zip(*_curves(model), strict=False)
-    return [(statistics.mean(size for size, _ in row), statistics.mean(bits for _, bits in row)) for row in rows]
-
-
-def _curves(model: Model) -> Iterator[list[tuple[float, float]]]:
-    for run in model.runs:
-        if training := run["figures"].get("training"):
-            yield [(row["bytes"], row["validation"]) for row in training["curve"] if "validation" in row]

@@ -46,6 +46,16 @@ class Model(NamedTuple):
             raise KeyError(path)
         return statistics.mean(self.values(*path))
 
+    def curve(self) -> list[tuple[float, float]]:
+        """(bytes trained on, bits per byte of the validation part) of each point, the mean over the seeds."""
+        curves = [
+            [(row["bytes"], row["validation"]) for row in training["curve"] if "validation" in row]
+            for run in self.runs
+            if (training := run["figures"].get("training"))
+        ]
+        rows = zip(*curves, strict=False)
+        return [(statistics.mean(size for size, _ in row), statistics.mean(bits for _, bits in row)) for row in rows]
+
     @property
     def rate(self) -> float:
         """The highest of training."""
@@ -95,7 +105,8 @@ _METHOD = """\
 All models see the same bytes in training, in windows of as many bytes, and spend as many FLOPs on a byte (of a forward pass; a training
 step takes three times that): their widths are chosen to match FuzzyTok with a receptive field of 43. Bits per byte are Σ NLL / (ln 2 ·
 UTF-8 bytes) of the whole test part, every token and every end mark counted, each scored with at least half a window before it; loss
-(nats) and perplexity are of a byte too. Mean ± standard deviation over the seeds. Which learning rates were tried stands at the end."""
+(nats) and perplexity are of a byte too. Mean ± standard deviation over the seeds, which draw a model's first values and the order of its
+windows; the split is one, and what other test documents would change is not in it. Which learning rates were tried stands at the end."""
 
 
 def _corpus(facts: dict[str, Any]) -> str:
@@ -136,12 +147,9 @@ def _reservations(facts: dict[str, Any], found: dict[str, Model]) -> Iterator[st
 
 
 def _overfit(model: Model) -> str | None:
-    """How much of the validation part's best was lost by the end, if more than a hundredth."""
-    for run in model.runs[:1]:
-        curve = [row["validation"] for row in run["figures"].get("training", {}).get("curve", ()) if "validation" in row]
-        if curve and curve[-1] > 1.01 * min(curve):
-            return f"{model.label} {min(curve):.2f}, then {curve[-1]:.2f}"
-    return None
+    """How much of the validation part's best was lost by the end, if more than a hundredth, in the mean over the seeds."""
+    bits = [bits for _, bits in model.curve()]
+    return f"{model.label} {min(bits):.2f}, then {bits[-1]:.2f}" if bits and bits[-1] > 1.01 * min(bits) else None
 
 
 def _quality(facts: dict[str, Any], found: dict[str, Model]) -> str:
