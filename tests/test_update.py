@@ -407,6 +407,19 @@ def test_refused(case, kind, device):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("L", [3, 600])  # in one kernel, and as the convolution behind a copy of the state
+@pytest.mark.parametrize("B, channels", [(4, 1), (1, 16)], ids=["one channel", "one row"])
+def test_strides_are_those_of_the_fake(B, channels, L, device):
+    """Those of a size of one too: torch.compile holds a kernel to them."""
+    layer = Layer((B, channels, channels, 4, 1), L, torch.float32, device)
+    seen = torch.zeros(B, dtype=torch.int32, device=device)
+    for names in itertools.product(("channels-first", "channels-last, every second step"), ("batch last", "time first")):
+        x, residual = (randn((B, channels, L), torch.float32, device, LAYOUTS[name]) for name in names)
+        args = x, layer.state(), layer.weight, layer.bias, residual, seen
+        fakes = (torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta") for arg in args)
+        assert UPDATE(*args, None, 1, "relu").stride() == UPDATE(*fakes, None, 1, "relu").stride()
+
+
 def test_the_reference_is_the_convolution_behind_the_state(device):
     """The oracle itself, by the plain convolution of all that was ever seen."""
     from fuzzytok_kernels.streaming.reference import causal_conv1d_update as update

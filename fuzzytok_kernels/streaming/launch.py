@@ -156,9 +156,7 @@ def _stack_plan(
                 writes[i](h, history, positions, slots)
             past, h = h, y
         finish(x if past is None else past, history, positions, slots)
-        if past is None:
-            return laid_out_as(x, x.clone())
-        return h if h.stride() == inner.strides else h.as_strided(h.shape, inner.strides)  # a single channel lies in both ways
+        return _of_strides(laid_out_as(x, x.clone()) if past is None else h, inner.strides)
 
     return on(x.device, named("residual_stack_update", update))
 
@@ -202,7 +200,7 @@ def _layer(
     if B * L == 0:
         return lambda x, *others: x.new_empty_strided((B, channels, L), strides)
     if B * L > MOST_ROWS:
-        return _long(x, state, dilation, activation)
+        return _long(x, state, dilation, activation, strides)
 
     (c_out, c_in, K), pdl = weight.shape, _pdl(x)
     block_c_in = min(max(_power_of_two(c_in), 16 * _GROUPS), 512 // x.dtype.itemsize)
@@ -232,7 +230,7 @@ def _layer(
     return compute
 
 
-def _long(x: Traits, state: _State, dilation: int, activation: str) -> Callable[..., Tensor]:
+def _long(x: Traits, state: _State, dilation: int, activation: str, strides: tuple[int, ...]) -> Callable[..., Tensor]:
     """Many steps: the state in front of x, and the ordinary convolution."""
     B, c_in, L = x.shape
     steps, block = state.history + L, min(_power_of_two(c_in), 256)
@@ -254,9 +252,14 @@ def _long(x: Traits, state: _State, dilation: int, activation: str) -> Callable[
         y = y if residual is None else residual + y
         if slots is not None:
             y = y.masked_fill(((slots < 0) | (slots >= end))[:, None, None], 0)
-        return laid_out_as(x, y)
+        return _of_strides(laid_out_as(x, y), strides)
 
     return compute
+
+
+def _of_strides(y: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`y`, which lies so but for the strides of a single channel or row, with these: they are those of the op's fake."""
+    return y if y.stride() == strides else y.as_strided(y.shape, strides)
 
 
 # ---- keeping the state
