@@ -34,20 +34,20 @@ def rank_kernel(
         tl.store(runs + start + at, tl.zeros([BLOCK], tl.int32), mask=start + at < 2 * n_runs)
     n = block * BLOCK + at
     v = _row_at(ids, n, n_steps, T, n_ids, stride_ib, stride_it)
-    found = tl.zeros([BLOCK, BLOCK_OTHERS], tl.int32)
-    for start in tl.static_range(0, BLOCK, BLOCK_OTHERS):
-        other = start + tl.arange(0, BLOCK_OTHERS)
-        same = v[:, None] == _row_at(ids, block * BLOCK + other, n_steps, T, n_ids, stride_ib, stride_it)[None, :]
-        found += tl.where(same, tl.where(other[None, :] < at[:, None], 1, tl.where(other[None, :] > at[:, None], BLOCK, 0)), 0)
-    found = tl.sum(found, axis=1)  # earlier ones, and BLOCK times later ones
-    inside = n < n_steps
-    tl.store(ranks + n, found % BLOCK, mask=inside)
     column = counts + block % chunk
     for start in range(0, n_ids + 1, BLOCK):
         row = start + at
         tl.store(column + _key(row, block, n_ids, chunk) * chunk, tl.zeros([BLOCK], tl.int32), mask=row <= n_ids)
-    tl.debug_barrier()  # the same program's stores, by other threads
-    tl.store(column + _key(v, block, n_ids, chunk) * chunk, found + 1, mask=inside & (found < BLOCK))
+    found = tl.zeros([BLOCK, BLOCK_OTHERS], tl.int32)
+    for start in tl.static_range(0, BLOCK, BLOCK_OTHERS):
+        other = start + tl.arange(0, BLOCK_OTHERS)
+        same = v[:, None] == _row_at(ids, block * BLOCK + other, n_steps, T, n_ids, stride_ib, stride_it)[None, :]
+        found += tl.where(same, tl.where(other[None, :] < at[:, None], BLOCK + 1, BLOCK), 0)
+    found = tl.sum(found, axis=1)  # earlier ones, and BLOCK times all
+    earlier, inside = found % BLOCK, n < n_steps
+    tl.store(ranks + n, earlier, mask=inside)
+    tl.debug_barrier()  # the zeros, by other threads of the program
+    tl.store(column + _key(v, block, n_ids, chunk) * chunk, found // BLOCK, mask=inside & (earlier == 0))
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_ids", "n_sequences", "n_searches"], repr=fixed_name("byte_causal_conv1d_order"))
