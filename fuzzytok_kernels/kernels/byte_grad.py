@@ -7,8 +7,9 @@ A run's number is place // RUN + key, where a key is chunk and id: along the ord
 has a number of its own, and those of a key lie one behind the other for the last sum.
 
 At B*T=65,536, C=256 and three taps a run's rows are 134 MB in all. The product with the whole 0/1 matrix of (256, B*T), which needs no
-sorting, took 72 us on an H100 at best and the sum of its parts 15 us (bf16, 2026-11-27), and it grows with every id that a model adds; the
-kernels here have not been timed one by one yet. Chunks, for then most of what the taps gather comes from L2.
+sorting, took 72 us on an H100 at best and the sum of its parts 15 us (bf16, 2026-11-27), and it grows with every id that a model adds. Here
+sorting takes 16 us and the last sum 7; the runs took 69, 32 steps at a time by 4 warps, and with 16 by 2 forward and backward take 27 less
+(not timed apart again). Chunks, for then most of what the taps gather comes from L2.
 """
 
 import triton

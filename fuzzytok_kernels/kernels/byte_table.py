@@ -5,8 +5,8 @@ id: it adds nothing, and its own step is NaN.
 The forward reads it in the dtype of the embedding: K entries, each about p / sqrt(K), are together as far off as a p that PyTorch rounds
 once, and PyTorch rounds the activation and the sum besides. The backward reads it in fp32: rounded, a pre-activation near 0 would change
 its sign before ReLU, which PyTorch's never does, and an id's steps would all err the same way, so that their sum (of one channel, or one
-id) was off by more than twice PyTorch's error. What that costs is not known apart: on an H100, forward and backward of bf16 take 180 us,
-and took 161 with rounded tables here and other sums by id (B=32 T=2048 C=256, 2026-11-27).
+id) was off by more than twice PyTorch's error. What that costs is not known apart: on an H100, forward and backward of bf16 take 152 us
+(B=32 T=2048 C=256, 2026-11-28), and took 161 with rounded tables and sums by id other than today's.
 """
 
 import triton
