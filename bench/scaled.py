@@ -17,12 +17,11 @@ GPUs in the order of time; parameters in fp32 under autocast to bf16, or FSDP2's
 with those of one rank that has all bytes. A time is the median of 9 rounds of at least 60 ms, of a captured graph that is replayed, all
 forms in turns, after a second of the same; of the GPUs the slowest. All GPUs of a run work at the same time: where a row has fewer, several
 rows do, and the worst is given. Efficiency is tokens/s over the sum of what the same GPUs do, each on its own: in a run before ("one GPU"),
-and in turns with the exchange ("in turns"). These are the same step, without a message and so, on several GPUs, with wrong gradients; but a
-GPU is slower after seconds of work than after none, and only "in turns" compares like with like. "Without exchange" is its time. The bar is
-met where both are at least that. Bytes are those that all GPUs of a row send in a step, by formula: histories, and gradients and parameters
-in rings. NCCL's time is that of its kernels in a profile of 5 steps, on the GPU that waits least for the others; hidden is what of it lies
-beside another kernel; in "other kernels" some other kernel runs, on the GPU where it is longest. A kernel that shares its GPU with NCCL's
-takes longer: hidden is not free."""
+and in turns with the exchange ("in turns"). These are the same step, without a message and so, on several GPUs, with wrong gradients; it
+may take longer in turns than before. "Without exchange" is its time in turns. The bar is met where both are at least that. Bytes are those
+that all GPUs of a row send in a step, by formula: histories, and gradients and parameters in rings. NCCL's time is that of its kernels in a
+profile of 5 steps, on the GPU that waits least for the others; hidden is what of it lies beside another kernel; in "other kernels" some
+other kernel runs, on the GPU where it is longest. A kernel that shares its GPU with NCCL's takes longer: hidden is not free."""
 _WEAK = (
     "GPUs",
     "exchange",
