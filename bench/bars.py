@@ -57,8 +57,8 @@ def _roofline(run: Run, op: str) -> list[Bar]:
         return {shape: row.roofline_share if row else None for shape, row in rows.items()}
 
     return [
-        _worst(f"{op}, share of the roofline, 128 <= C <= 384", shares(128, 384), ">=", 0.85),
-        _worst(f"{op}, share of the roofline, C = 512 and 1024", shares(512, 1024), ">=", 0.90),
+        _worst(f"{op}, share of the roofline, >= 2^16 tokens, 128 <= C <= 384", shares(128, 384), ">=", 0.85),
+        _worst(f"{op}, share of the roofline, >= 2^16 tokens, C = 512 and 1024", shares(512, 1024), ">=", 0.90),
     ]
 
 

@@ -409,8 +409,8 @@ def _precision(problem: Problem, device: torch.device) -> str:
     """`input_precision` of the dots, which only fp32 needs: TF32, or three TF32 products for strict fp32.
 
     The weight-grad sums over T, the slower axis in memory, which the tensor cores take in 16 bits alone: there three or six bf16 products
-    (58 times as exact as TF32, and as exact as strict), of planes in memory through descriptors, else split in registers: 591 us and 1,295
-    at C=512, B*T=65,536 on an H100, with the copies that make the planes.
+    (58 times as exact as TF32, of numbers above 1e-36, and as exact as strict). Under TF32 through descriptors planes in memory are read,
+    else split in registers: 591 us, with the copies, and 1,295 at C=512, B*T=65,536 on an H100.
     """
     if problem.dtype not in ("tf32", "fp32") or not facts(device).tf32:
         return "ieee"

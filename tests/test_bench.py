@@ -214,7 +214,7 @@ def test_bars_are_met():
     ("section", "op", "slower", "what"),
     [
         ("main", "forward", 1.3, "forward / GEMM, >= 2^16 tokens, geometric mean"),
-        ("main", "forward", 1.2, "forward, share of the roofline, C = 512 and 1024, worst"),
+        ("main", "forward", 1.2, "forward, share of the roofline, >= 2^16 tokens, C = 512 and 1024, worst"),
         ("main", "weight_grad", 1.7, "weight_grad / GEMM, whole grid, worst"),
         ("main", "forward_backward", 1.6, "forward_backward, times faster, against F.conv1d+pad, geometric mean"),
         ("channels_first", "forward_backward", 2.5, "forward_backward, times faster, channels-first against F.conv1d+pad, geometric mean"),
