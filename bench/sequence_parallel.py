@@ -42,7 +42,7 @@ ALONE = "none"
 # Where it exchanges, and what makes the mean of the gradients, if not `average_gradients`.
 FORMS = (ALONE, STACK, CONVOLUTIONS, f"{STACK}, DDP", f"{STACK}, FSDP2", f"{STACK}, FSDP2, one unit")
 ROUNDS, EAGER_ROUNDS, EAGER_STEPS, WARM_UP, PROFILED = 9, 3, 10, 12, 5  # DDP asks for 11 steps before a capture
-SETTLING = 16  # rounds before the first: a GPU slows down as it works; a step took 2,525 us in the first 0.6 s, 2,615 in the first 4
+SETTLING = 16  # rounds before the first: a step took 2,525 us on average of the first 0.6 s, 2,615 of the first 4; why is not known
 MAIN = 65536  # bytes a rank, at which all forms are timed
 WEAK, STRONG = (MAIN, 16384), (MAIN, 4 * MAIN)  # bytes a rank, and of all ranks together
 ELSEWHERE = (ALONE, STACK)

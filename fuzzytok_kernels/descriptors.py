@@ -12,6 +12,7 @@ from fuzzytok_kernels.kernels.transpose import channels_last_kernel, planes_kern
 from fuzzytok_kernels.program import Kernel, cdiv
 
 _MOST = 2**31 - 2**16  # sides and bounds: any that a coordinate can be
+PLANES = 2  # in bf16, that TF32 is read as by the weight-grad, see `kernels/weight_grad.py`
 
 Described = tuple[Callable[[Tensor], TensorDescriptor], Tensor]  # as `private_triton.described` takes it
 
@@ -74,7 +75,10 @@ def rows(x: Traits, block_t: int, block_c: int, packed: bool) -> Callable[[Tenso
 
 
 def channels_last(x: Traits, tile: int = 64, rounded: bool = False) -> Callable[[Tensor], Tensor]:
-    """Makes the contiguous copy [B, T, C] of an x (B, C, T): 24 us for (32, 256, 2048) in bf16 on an H100, PyTorch's own takes 114."""
+    """Makes the contiguous copy [B, T, C] of an x (B, C, T), `rounded` to TF32 if asked, in blocks of `tile` steps and channels.
+
+    24 us for (32, 256, 2048) in bf16 on an H100, PyTorch's own takes 114.
+    """
     B, channels, T = x.shape
     copy = Kernel(channels_last_kernel, B * cdiv(T, tile) * cdiv(channels, tile), (rounded, tile, tile))
     numbers = T, channels, *x.strides
@@ -87,18 +91,18 @@ def channels_last(x: Traits, tile: int = 64, rounded: bool = False) -> Callable[
     return copied
 
 
-def planes(x: Traits, count: int, block_t: int, block_c: int, packed: bool, n_rows: int) -> Callable[[Tensor, Tensor | None], Described]:
-    """Makes the descriptor of `count` bf16 planes of an x (B, C, T), [count * B, T, C] or packed rows, n_rows of sums in a second tensor.
+def planes(x: Traits, block_t: int, block_c: int, packed: bool, n_rows: int) -> Callable[[Tensor, Tensor | None], Described]:
+    """Makes the descriptor of the planes of an x (B, C, T), [PLANES * B, T, C] or packed rows, and n_rows of sums in a second tensor.
 
     See `kernels/transpose.planes_kernel`.
     """
     (B, channels, T), width = x.shape, cdiv(x.shape[1], 8) * 8  # rows of 16 bytes
-    split = Kernel(planes_kernel, n_rows * cdiv(channels, 64), (count, 64, 64))
-    steps = Rows.of(count * B, T, T * width, width, block_t, packed)
+    split = Kernel(planes_kernel, n_rows * cdiv(channels, 64), (PLANES, 64, 64))
+    steps = Rows.of(PLANES * B, T, T * width, width, block_t, packed)
     describe = descriptor([*steps.shape, channels], [*steps.strides, 1], [*steps.block, block_c])
 
     def described(x: Tensor, sums: Tensor | None) -> Described:
-        out = x.new_empty((count, B, T, width), dtype=torch.bfloat16)
+        out = x.new_empty((PLANES, B, T, width), dtype=torch.bfloat16)
         split(x, out, sums, B, T, channels, width, *x.stride(), n_rows)
         return describe(out)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuzzytok_kernels import tuning
 from fuzzytok_kernels.checks import CHECKS
-from fuzzytok_kernels.descriptors import Rows, Traits, as_it_is, descriptor, planes, rows, rows_or_columns, taps, traits
+from fuzzytok_kernels.descriptors import PLANES, Rows, Traits, as_it_is, descriptor, planes, rows, rows_or_columns, taps, traits
 from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
@@ -31,7 +31,6 @@ _plans = functools.lru_cache(maxsize=4096)  # for each op; a training run whose 
 
 # Tensor cores cut what they add to fp32 off, always towards zero: after 16 million steps 1 % was gone (seen on an H100, T = 2**31).
 _LONGEST_SUM = 4096  # blocks of time that one accumulator takes
-_PLANES = 2  # in bf16, that TF32 is read as by the weight-grad through descriptors, see `kernels/weight_grad.py`
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -359,9 +358,9 @@ def _weight_grad_of_planes(
     weights, multiprocessors = kernel_size * c_out * c_in, facts(x.device).multiprocessors
     # Eight copying programs a multiprocessor: 101 us for both copies at C=256, 65,536 steps, where four take 106.
     n_rows, n_rows_of_x = (max(1, min(B * cdiv(T, 64), 8 * multiprocessors // cdiv(channels, 64))) for channels in (c_out, c_in))
-    read_grad_y = planes(grad_y, _PLANES, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed, n_rows)
-    read_x = planes(x, _PLANES, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed, n_rows_of_x)
-    kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (kernel_size, "ieee", False, True, _PLANES), config, config.TAPS)
+    read_grad_y = planes(grad_y, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed, n_rows)
+    read_x = planes(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed, n_rows_of_x)
+    kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (kernel_size, "ieee", False, True, PLANES), config, config.TAPS)
     numbers = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
     reduce = _reduction(max(splits, min(16, n_rows)), weights, c_out)  # the bias has more rows than the weight
 

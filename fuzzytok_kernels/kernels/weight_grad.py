@@ -10,7 +10,7 @@ the bias's [splits, shares, C_out], with one share for each group of taps and bl
 Through descriptors, where TF32 is allowed, fp32 is the sum of two PLANES in bf16, which `transpose.planes_kernel` has written: what is
 summed over the slower axis in memory, the tensor cores take in 16 bits alone. That kernel sums the bias, too. Strict fp32 is split in
 registers: of three planes in memory the tensor cores would add each small product to the large sum, whose last bits they cut off, which was
-up to 11 times as far off as allowed.
+up to 60 times as far off as PyTorch's (the L2 norm of a long sum, on an H100).
 
 Where there are `cu_seqlens`, time is counted in slots, each a block of one sequence (see `sequences.py`). Rows of x beyond either end of
 that sequence count as zeros, and are not multiplied with zeros of `grad_y`: another sequence may hold NaN.
