@@ -63,6 +63,10 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
+# Of the backward that calls a hook: a number that no other one has.
+backward_number: Callable[[], int] = torch._C._current_graph_task_id
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Within a backward: has `callback` called at its end, on the streams of its caller."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]

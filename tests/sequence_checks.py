@@ -14,6 +14,7 @@ from ranks import mesh_of, mesh_of_two_by
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 import bench.sequence_parallel
 from fuzzytok_kernels import CausalConv1d, ResidualCausalBlock, causal_conv1d, distributed, ops
@@ -213,6 +214,48 @@ def averaged_gradients(size: int) -> None:
         close(got.pop("offset"), torch.full_like(split.offset, times * grad_z.sum().item() / size), "offset")
         for name, value in got.items():
             close(value, times * wanted[name] / size, f"{name}, {times}")
+
+
+def averaged_in_two_messages(size: int) -> None:
+    """The first as soon as all but the first parameters' gradients are complete; nothing of a backward that raised counts.
+
+    Gradients of a nested backward are averaged too, whether they come before the first message or behind it.
+    """
+    group = mesh_of(size).get_group()
+    torch.manual_seed(3)
+    layers = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 8), nn.Linear(8, 8)).to(DEVICE, STRICT)
+    alone = copy.deepcopy(layers)
+    distributed.average_gradients(layers, group)
+    x, log, all_reduce = randn(size, 4, 2), [], dist.all_reduce
+    layers[0].weight.register_hook(lambda grad: log.append("the last gradient"))
+    first, others = 2 * 3 + 3, 8 * 3 + 8 + 8 * 8 + 8
+
+    def logged(tensor: Tensor, *args, **how):
+        log.append(tensor.numel())
+        return all_reduce(tensor, *args, **how)
+
+    def backward(net: nn.Module, x: Tensor, nested: str = "") -> None:
+        def again(x: Tensor) -> Tensor:
+            return checkpoint(net[1:], net[0](x), use_reentrant=True)
+
+        ways = {"": [net], "before": [net, again], "behind": [again, net]}[nested]  # what was computed last goes back first
+        sum(way(x).sin().sum() for way in ways).backward()
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(dist, "all_reduce", logged)
+        broken = layers[0].bias.register_hook(lambda grad: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backward(layers, x[dist.get_rank(group)])
+        broken.remove()
+        layers.zero_grad()
+        for nested in ("", "", "before", "behind"):
+            log.clear()
+            backward(layers, x[dist.get_rank(group)], nested)
+            assert nested or log == [others, "the last gradient", first]
+            for rank in range(size):
+                backward(alone, x[rank], nested)
+            for (name, got), want in zip(layers.named_parameters(), alone.parameters(), strict=True):
+                close(got.grad, want.grad / size, f"{name}, {nested}")
 
 
 def stack_of_blocks(size: int) -> None:

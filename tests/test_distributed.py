@@ -163,6 +163,11 @@ def test_averaged_gradients(size, ranks):
 
 
 @each_size
+def test_averaged_in_two_messages(size, ranks):
+    ranks.run(sequence_checks.averaged_in_two_messages, size)
+
+
+@each_size
 def test_stack_of_blocks(size, ranks):
     ranks.run(sequence_checks.stack_of_blocks, size)
 

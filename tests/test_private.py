@@ -127,6 +127,17 @@ def test_after_backward():
     assert seen == [[3.0, 3.0]], broken("gradients would not have been averaged when a backward returns")
 
 
+def test_backward_number():
+    """A nested backward is another one, and the outer one goes on as itself."""
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_post_accumulate_grad_hook(lambda x: seen.append(private.backward_number()))
+    checkpointed = torch.utils.checkpoint.checkpoint(lambda y: x * y, 2 * x, use_reentrant=True)
+    for y in (x, x, checkpointed):
+        y.sum().backward()
+    first, second, nested, outer = seen
+    assert len({first, second, nested, outer}) == 4, broken("gradients of a backward that raised would count for the next one")
+
+
 def test_keys_of_the_dispatcher():
     """`Library.impl` is public, its keys' names are not."""
     for key, what in {
