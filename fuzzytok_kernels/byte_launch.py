@@ -24,13 +24,13 @@ from fuzzytok_kernels.support import approximates, facts
 _plans = functools.lru_cache(maxsize=4096)
 _TILE = 2048  # elements of a tile of the forward: 16 results a thread
 _LINE = 128  # bytes of a row of the table that a program keeps to, see `kernels/byte_conv.py`
-_PROGRAMS = {2: 8, 4: 5}  # a multiprocessor, by the bytes of an element: 8 have room of 56 registers a thread, 5 of 96
+_PROGRAMS = {(2, 1): 8, (2, 2): 6, (4, 1): 7, (4, 2): 4}  # a multiprocessor, by an element's bytes and parts: of 56, 80, 72, 110 registers
 _RUN = 512  # steps of an id that one program sums at most
 _RUN_BLOCK = (16, 256)  # steps and channels at a time, by 2 warps: forward and backward took 151 us on an H100, and 178 with (32, 256) by 4
-_CHUNK = 16_384  # steps
+_CHUNK = 65_536  # steps, about; 16,384, with other tables and programs, took 153 us on an H100 where this takes 145
 _SORTED, _COMPARED = 256, 32  # steps that one program sorts, by comparing all with all, 32 at a time
 _SUMMED = (16, 256)  # runs and columns at a time
-_TABLE = (32, 64, 128)  # ids, output channels, and input channels in 16 bits
+_TABLE = (64, 64, 128)  # ids, output channels, and input channels in 16 bits
 _EMBEDDING_GRAD = (16, 128, 32)  # few ids, so that all multiprocessors have a block
 _TAP_GRAD = (64, 32, 32)
 
@@ -122,8 +122,8 @@ def _look_up(
     block_c = min(_LINE // 2 // dtype.itemsize, _power_of_two(channels))
     block_t = min(_TILE // 2 // block_c, _power_of_two(T))
     wide = _is_wide(ids, K, dilation, weight.shape[0], embedding, weight)
-    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize])
     parts = 2 if activation in GATES else 1
+    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize, parts])
     constants = (wide, K, parts, activation, grad_strides is not None, approximates(embedding.dtype, ids.device), block_t, block_c)
     kernel = Kernel(byte_conv_kernel, programs, constants)
     numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens), *(grad_strides or (0, 0)))
@@ -161,8 +161,8 @@ class _Order(NamedTuple):
 def _order(ids: Traits, n_ids: int, cu_seqlens: Traits | None, wide: bool) -> _Order:
     B, T = ids.shape
     n_steps, n_blocks, dtype = B * T, cdiv(B * T, _SORTED), torch.int64 if wide else torch.int32
-    chunk = min(n_blocks, _CHUNK // _SORTED)
-    chunks = cdiv(n_blocks, chunk)
+    chunks = _n_chunks(n_steps)
+    chunk = cdiv(n_blocks, chunks)
     n_runs = _n_runs(n_steps, n_ids)
     rank = Kernel(rank_kernel, chunks * chunk, (wide, _SORTED, _COMPARED), num_warps=8)
     order_by_key = Kernel(order_kernel, n_blocks, (wide, _RUN, _SORTED))
@@ -181,7 +181,12 @@ def _order(ids: Traits, n_ids: int, cu_seqlens: Traits | None, wide: bool) -> _O
 
 
 def _n_runs(n_steps: int, n_ids: int) -> int:
-    return cdiv(n_steps, _RUN) + cdiv(n_steps, _CHUNK) * (n_ids + 1)
+    return cdiv(n_steps, _RUN) + _n_chunks(n_steps) * (n_ids + 1)
+
+
+def _n_chunks(n_steps: int) -> int:
+    """Alike ones: a few steps more than _CHUNK, as a rank's that sees others' history, are no chunk of their own."""
+    return max(1, round(n_steps / _CHUNK))
 
 
 def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -190,7 +195,7 @@ def _table(embedding: Traits, weight: Traits, bias: Traits | None, dtype: torch.
     most = (*_TABLE[:2], 2 * _TABLE[2] // embedding.dtype.itemsize)
     block_v, block_o, _ = blocks = _blocks(most, V + 1, c_out, channels)
     programs, behind = cdiv(V + 1, block_v) * (K * cdiv(c_out, block_o) + cdiv(channels, block_o)), _LINE // dtype.itemsize
-    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), behind, *blocks), num_warps=8, num_stages=2)
+    kernel = Kernel(table_kernel, programs, (K, _precision(embedding.device), behind, *blocks), num_warps=4, num_stages=2)
     numbers = V, channels, c_out, *embedding.strides, *weight.strides, _stride(bias)
 
     def make(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

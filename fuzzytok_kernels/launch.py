@@ -277,13 +277,16 @@ def _conv(
     described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
     read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half, sequences.packed) if described and after.extra else as_it_is
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
-    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots, or has
-    # two loops in it, cannot be flattened.
-    flatten = after.kind == "none" and sequences == _ROWS
+    # Blocks outside of a row are not free: with two taps in three 512 and 1,024 of 2,048 steps back a forward took 50 us, without such
+    # blocks 42, with near taps 43; 256 and 512 steps back even a loop fused by hand gained nothing (C=256, B*T=65,536, H100).
+    far = sequences == _ROWS and (K - 1) * abs(shift) > T // 3
+    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots or taps,
+    # or has two loops in it, cannot be flattened.
+    flatten = after.kind == "none" and sequences == _ROWS and not far
     # ptxas takes some registers more than for a batch, 160 of 128 in TF32. Strict fp32 and a state would spill, at 1 program.
     if sequences.packed and sequences.state is None and problem.dtype != "fp32":
         options["maxnreg"] = min(255, 65_536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)
-    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten), config, **options)
+    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten, far), config, **options)
     width = channels // parts_of_y
     steps = Rows.of(B, T, strides[0], strides[2], config.BLOCK_T, sequences.packed)
     write_y = descriptor([*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half])

@@ -243,7 +243,7 @@ def test_offsets_of_64_bits(activation, device, monkeypatch, planned_anew):
 @of_each_kind
 @pytest.mark.parametrize("starts", [None, [0, 3, 300, 640]], ids=["a batch", "packed"])
 def test_several_chunks_and_runs(activation, starts, device, strict, monkeypatch, planned_anew):
-    """As more than 16,384 steps make, of which an id has more than 512: here of 256 and of 32."""
+    """As many times 65,536 steps make, of which an id has more than 512: here of 256 and of 32."""
     monkeypatch.setattr(byte_launch, "_CHUNK", 256)
     monkeypatch.setattr(byte_launch, "_RUN", 32)
     shape = Shape(B=1, T=640, V=3) if starts else Shape(B=8, T=80, V=3)

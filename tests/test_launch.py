@@ -72,6 +72,17 @@ def test_configs(problem, config, dtype_of_each_size, device, path):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dilation", [33, 34, 64, 150, 299, 400])  # the first leaves out nothing
+def test_taps_that_see_zeros_alone(dilation, strict_dtype, device, path):
+    """From some tiles' steps, the first sequence's as well as the second's."""
+    from fuzzytok_kernels import tuning
+
+    inputs = make_inputs(ALIGNED._replace(T=299, K=4, d=dilation), strict_dtype, device, x="channels-last", grad_y="channels-last")
+    with tuning.force(path=path, BLOCK_T=64):
+        assert_accurate(inputs)
+
+
+@needs_kernels
 def test_calls_that_look_alike(device, path, strict):
     """Same shapes and strides, but other values, another alignment, no bias or a bias with gaps: nothing stale is used."""
     aligned = make_inputs(ALIGNED, torch.float16, device, "channels-last", "channels-last", "tap-major")
