@@ -49,10 +49,17 @@ def test_the_shortest_is_where_the_goal_is_met(link, kernels):
     assert efficiency(least) >= scaling.GOAL > efficiency(least - 256)
 
 
-@pytest.mark.parametrize("cost", [scaling.mean, scaling.fsdp])
-def test_more_ranks_cost_more(cost):
-    costs = [cost(ranks) for ranks in scaling.GPUS]
-    assert costs == sorted(costs)
+def test_more_ranks_cost_more(kernels):
+    for cost in (lambda ranks: scaling.mean(kernels, ranks, scaling.STEPS), scaling.fsdp):
+        costs = [cost(ranks) for ranks in scaling.GPUS]
+        assert costs == sorted(costs)
+
+
+def test_gradients_are_hidden_as_far_as_there_is_something_to_compute(kernels):
+    """All but the last message's; of no steps, nothing."""
+    costs = [scaling.mean(kernels, 2, T) for T in (0, scaling.STEPS, 16 * scaling.STEPS)]
+    whole, last = (NVLINK.collective("all-reduce", 4 * size, 2) for size in (scaling.PARAMETERS, scaling.PARAMETERS / 9))
+    assert whole >= costs[0] > costs[1] == costs[2] == last
 
 
 def test_the_table(capsys):
