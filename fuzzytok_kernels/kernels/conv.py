@@ -77,7 +77,10 @@ def conv_tma_kernel(
 
 @triton.jit
 def _seen(t, shift, T, K: tl.constexpr, BLOCK_T: tl.constexpr):
-    """How many taps, from the first on, see anything but zeros from a tile whose first step is t."""
+    """How many taps, from the first on, see anything but zeros from a tile whose first step is t.
+
+    In 32 bits, since `launch` hands rows of 2^31 steps and more, with what their taps look back, to pointers.
+    """
     steps = tl.where(shift > 0, t + BLOCK_T, T - t)
     return tl.minimum(K, tl.cdiv(steps, tl.abs(shift)))
 
