@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fuzzytok_kernels.asserted import assertion
 from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.descriptors import Traits, as_it_is, channels_last, traits
 from fuzzytok_kernels.kernels.byte_conv import byte_conv_kernel
@@ -63,11 +64,12 @@ def _forward_plan(
     if 0 in ids.shape:
         return lambda ids, embedding, *others: empty_of_bytes(embedding, ids)
     look_up = _look_up(ids, embedding, weight, dilation, activation, cu_seqlens, embedding.dtype)
-    make_table = _table(embedding, weight, bias, embedding.dtype)
+    make_table, assert_sequences = _table(embedding, weight, bias, embedding.dtype), assertion(cu_seqlens, ids.shape[1])
 
     def forward(ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         y = empty_of_bytes(embedding, ids)
         look_up(ids, make_table(embedding, weight, bias), cu_seqlens, None, y)
+        assert_sequences(cu_seqlens)
         return y
 
     return on(ids.device, named("byte_causal_conv1d", forward))

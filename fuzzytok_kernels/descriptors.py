@@ -60,7 +60,7 @@ def descriptor(shape: list[int], strides: list[int], block: list[int]) -> Callab
     return lambda x: (describe, x)
 
 
-def rows(x: Traits, block_t: int, block_c: int, packed: bool) -> Callable[[Tensor], Described]:
+def rows(x: Traits, block_t: int, block_c: int, packed: bool = False) -> Callable[[Tensor], Described]:
     """Makes the descriptor of [B, T, C] of an x (B, C, T), of its `channels_last` copy if it does not lie so already.
 
     Of [side, bound, step, C] if packed.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fuzzytok_kernels import tuning
+from fuzzytok_kernels.asserted import assertion
 from fuzzytok_kernels.checks import CHECKS
-from fuzzytok_kernels.descriptors import PLANES, Rows, Traits, as_it_is, descriptor, planes, rows, rows_or_columns, taps, traits
+from fuzzytok_kernels.descriptors import PLANES, Traits, as_it_is, descriptor, planes, rows, rows_or_columns, taps, traits
 from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
@@ -119,8 +120,10 @@ def _fused_plan(
     generation: int,
 ) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d_fused"](x, weight, bias, residual, state, cu_seqlens, dilation, activation)
-    after, sequences = _After(activation, "none" if residual is None else "residual", residual), _Sequences(state, cu_seqlens)
-    if after == _NOTHING:
+    after = _After(activation, "none" if residual is None else "residual", residual)
+    sequences = _Sequences(state, cu_seqlens, unasserted=cu_seqlens)
+    # Packed, what reads no residual has the config of what does: neither loop is flattened, see _conv (52 -> 48 us for the input-grad).
+    if after == _NOTHING and not sequences.packed:
         problem = _problem("causal_conv1d", x, weight, dtype, dilation, sequences=sequences)
     else:
         epilogue = "residual" if activation == "none" else activation
@@ -158,9 +161,9 @@ def _input_grad_plan(
     generation: int,
 ) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d_input_grad"](grad_y, weight, dilation, residual, cu_seqlens)
-    kind = "none" if residual is None else "residual"
-    after, sequences = _After("none", kind, residual), _Sequences(None, cu_seqlens)
-    problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, kind, sequences)
+    after, sequences = _After("none", "none" if residual is None else "residual", residual), _Sequences(None, cu_seqlens)
+    epilogue = "residual" if sequences.packed else after.kind  # see _fused_plan
+    problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, epilogue, sequences)
     return _plan(problem, grad_y.device, functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation))
 
 
@@ -208,6 +211,7 @@ class _Sequences(NamedTuple):
 
     state: Traits | None
     cu_seqlens: Traits | None
+    unasserted: Traits | None = None  # cu_seqlens where no launch before has asserted what they hold, as a forward has for its backward
 
     @property
     def packed(self) -> bool:
@@ -253,21 +257,20 @@ def _conv(
     if sequences.state is None:
         shift = max(-T, min(shift, T))  # a tap further back than T sees zeros alone
     stride_bias = 0 if bias is None else bias.strides[0]
-    x_strides, y_strides = sequences.strides_between(x.strides), sequences.strides_between(strides)
-    strides_of_extra = sequences.strides_between(after.extra.strides) if after.extra else (0, 0, 0)
+    strides_of_extra = after.extra.strides if after.extra else (0, 0, 0)
     approximate = approximates(x.dtype, x.device)
     constants = (K, parts, bias is not None, after.activation, approximate, after.kind, _precision(problem, x.device))
     tiles = sequences.tiles(B, T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
-    # Device-side assertions for the values of cu_seqlens, but no arithmetic checked for overflow.
-    options: dict[str, Any] = {"debug": True, "sanitize_overflow": False} if sequences.packed else {}
     if config.path == "pointer":
-        pointer_kernel = Kernel(conv_pointer_kernel, tiles, constants, config, **options)
+        pointer_kernel, assert_sequences = Kernel(conv_pointer_kernel, tiles, constants, config), assertion(sequences.unasserted, T)
         strides_of_weight = [weight.strides[axis] for axis in axes]
-        numbers = (T, c_in, c_out, shift, stride_bias, *x_strides, *strides_of_weight, *strides_of_extra, *y_strides, *sequences.numbers)
+        of_x, of_extra, of_y = map(sequences.strides_between, (x.strides, strides_of_extra, strides))
+        numbers = (T, c_in, c_out, shift, stride_bias, *of_x, *strides_of_weight, *of_extra, *of_y, *sequences.numbers)
 
         def launch_pointers(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
             y = allocate()
             pointer_kernel(x, weight, bias, extra, y, state, cu_seqlens, *numbers)
+            assert_sequences(cu_seqlens)
             return y
 
         return launch_pointers
@@ -275,7 +278,7 @@ def _conv(
     read_x = rows(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed)
     read_weight, in_last = taps(weight, axes, parts, config.BLOCK_C_IN, config.BLOCK_C_OUT, _precision(problem, x.device) == "tf32")
     described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
-    read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half, sequences.packed) if described and after.extra else as_it_is
+    read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half) if described and after.extra else as_it_is
     programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
     # Blocks outside of a row are not free: with two taps in three 512 and 1,024 of 2,048 steps back a forward took 50 us, without such
     # blocks 42, with near taps 43; 256 and 512 steps back even a loop fused by hand gained nothing (C=256, B*T=65,536, H100).
@@ -283,19 +286,22 @@ def _conv(
     # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots or taps,
     # or has two loops in it, cannot be flattened.
     flatten = after.kind == "none" and sequences == _ROWS and not far
-    # ptxas takes some registers more than for a batch, 160 of 128 in TF32. Strict fp32 and a state would spill, at 1 program.
+    # ptxas takes some registers more than for a batch. Strict fp32 and a state would spill, at 1 program.
+    options: dict[str, Any] = {}
     if sequences.packed and sequences.state is None and problem.dtype != "fp32":
         options["maxnreg"] = min(255, 65_536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)
-    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten, far), config, **options)
+    early = sequences.unasserted is not None and x.device.type == "cuda"
+    tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten, far, early), config, **options)
+    assert_sequences = assertion(sequences.unasserted, T, early)
     width = channels // parts_of_y
-    steps = Rows.of(B, T, strides[0], strides[2], config.BLOCK_T, sequences.packed)
-    write_y = descriptor([*steps.shape, parts_of_y, width], [*steps.strides, width, 1], [*steps.block, 1, half])
-    numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *y_strides, *sequences.numbers)
+    write_y = descriptor([B, T, parts_of_y, width], [strides[0], strides[2], width, 1], [1, config.BLOCK_T, 1, half])
+    numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *strides, *sequences.numbers)
 
     def launch_descriptors(x: Tensor, weight: Tensor, bias: _Maybe, extra: _Maybe, state: _Maybe, cu_seqlens: _Maybe) -> Tensor:
         y = allocate()
         out, memory = (write_y(y), y if sequences.packed else None) if described else (y, None)
         tma_kernel(read_x(x), read_weight(weight), bias, read_extra(extra), out, memory, state, cu_seqlens, *numbers)
+        assert_sequences(cu_seqlens)
         return y
 
     return launch_descriptors

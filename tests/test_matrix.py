@@ -40,6 +40,7 @@ def test_every_op_and_dtype_is_compiled(gpu):
         (SM80, GOOD._replace(local=64), "64 bytes of local memory"),
         (SM80, GOOD._replace(products=""), "no product on the tensor cores"),
         (SM80, GOOD._replace(overwrites=True), "registers loaded anew while a product may still read them"),
+        (SM80, GOOD._replace(serialized=True), "a call, as of an assertion, around which each product waits for the last"),
         (SM75, GOOD._replace(products="", local=4000), None),
         (SM75, GOOD, "has mma, so that it need not be left out"),
     ],
@@ -55,6 +56,16 @@ def test_products_from_registers_are_waited_for():
     wait = "wgmma.wait_group.sync.aligned {};".format
     assert not compile._overwrites("\n".join([registers, wait(0), shared, wait(1), registers, wait(0)]))
     assert compile._overwrites("\n".join([shared, wait(0), registers, wait(1), registers, wait(0)]))
+
+
+def test_a_call_serializes_products():
+    product, call = (
+        "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1,%r2}, %rd1, %rd2;",
+        "\t@%p1 call.uni (_), __assertfail, (%rd1);",
+    )
+    assert compile._serialized("\n".join([product, call]))
+    assert not compile._serialized(call)
+    assert not compile._serialized("\n".join([product, "// a call of no function"]))
 
 
 @pytest.mark.parametrize(("installed", "budget"), [("3.6.0", 32), ("99.0", 512)])

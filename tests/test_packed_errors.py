@@ -84,17 +84,24 @@ def test_bad_values_on_the_cpu(says, name):
         call(name, new_on("cpu"), **changes)
 
 
+FORWARDS = {
+    "through descriptors": "with tuning.force(path='tma'): causal_conv1d(x, weight, dilation=3, cu_seqlens=cu_seqlens)",
+    "through pointers": "with tuning.force(path='pointer'): causal_conv1d(x, weight, dilation=3, cu_seqlens=cu_seqlens)",
+    "look-ups": "torch.ops.fuzzytok.byte_causal_conv1d(ids, x[0].T, weight, None, 3, 'gelu', cu_seqlens)",
+}
+
+
 @needs_cuda
-@pytest.mark.parametrize("forced", ["tma", "pointer"])
+@pytest.mark.parametrize("forward", FORWARDS)
 @pytest.mark.parametrize("values", [values for values in BAD_VALUES.values() if values], ids=str)
-def test_bad_values_on_a_gpu_are_a_device_side_assertion(values, forced):
+def test_bad_values_on_a_gpu_are_a_device_side_assertion(values, forward):
     """In a process of its own, whose GPU is lost to it afterwards."""
     run_python(f"""
 import torch
 from fuzzytok_kernels import causal_conv1d, tuning
 x, weight = torch.randn(1, 9, 16, device="cuda").mT, torch.randn(16, 16, 3, device="cuda")
-with tuning.force(path={forced!r}):
-    causal_conv1d(x, weight, dilation=3, cu_seqlens=torch.tensor({values}, dtype=torch.int32, device="cuda"))
+ids, cu_seqlens = torch.zeros(1, 9, dtype=torch.uint8, device="cuda"), torch.tensor({values}, dtype=torch.int32, device="cuda")
+{FORWARDS[forward]}
 try:
     torch.cuda.synchronize()
 except RuntimeError as error:

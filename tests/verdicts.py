@@ -110,7 +110,11 @@ def _check_values(case: Case, args: tuple, got: tuple[Tensor, ...]) -> None:
         return call(_function(SUBJECTS[case.op].reference, case.op), case.op, args)
 
     wide = _mapped(args, Tensor.double)
-    want, torchs = expected(wide), expected(_rounded(case.op, args) if case.dtype == "tf32" else args)
+    want = expected(wide)
+    if case.dtype == "tf32" and case.op == "residual_stack_update":
+        torchs = (*_stack_of_rounded(case, args), want[2])
+    else:
+        torchs = expected(_rounded(case.op, args) if case.dtype == "tf32" else args)
     if case.op == "causal_conv1d_update":  # a state gets copies, and no products
         torchs = (torchs[0], *want[1:])
     slacks = _slack(case, wide, want)
@@ -172,24 +176,40 @@ def _swing(case: Case, bent: Callable[[Tensor], Tensor], p: Tensor, moved: Tenso
 
 def _slack_of_layers(case: Case, named: dict[str, Any], unit: float) -> list[Tensor]:
     """Of a stack: what one layer's result may be off by goes through the next. Between two it is rounded, in TF32 once more."""
-    x, history, index = named["x"], named["history"], named["slots"]
-    seen = named["positions"] if index is None else named["positions"][index]
+    x, history = named["x"], named["history"]
     between = torch.finfo(DTYPES[case.dtype]).eps / 2
-    off, off_history, begin = torch.zeros_like(x), torch.zeros_like(history), 0
-    for number, (weight, bias, d) in enumerate(zip(named["weights"], named["biases"], named["dilations"], strict=True)):
-        here = slice(begin, begin := begin + (case.K - 1) * d)
-
-        def convolved(x: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None, here: slice = here, d: int = d) -> Tensor:
-            """Of the states' part `here`, which x is then written to."""
-            state = states[:, here].mT
-            return streaming.causal_conv1d_update(x, state, weight, bias, None, seen, index, d, "none")
-
+    off, off_history = torch.zeros_like(x), torch.zeros_like(history)
+    for number, (convolved, weight, bias) in enumerate(zip(_layers(case, named), named["weights"], named["biases"], strict=True)):
         p = convolved(x, history.clone(), weight, bias)
         sizes = convolved(x.abs(), history.abs(), weight.abs(), bias.abs())
         moved = (unit + (2**-11 if number and case.dtype == "tf32" else 0)) * sizes + convolved(off, off_history, weight.abs(), None)
         x = reference.activated(p, x, case.activation)
         off = off + (unit + between) * x.abs() + _swing(case, reference.ACTIVATIONS[case.activation], p, moved)
     return [off - between * x.abs(), off_history, torch.zeros_like(named["positions"])]
+
+
+def _layers(case: Case, named: dict[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]]:
+    """Of each layer of a stack its convolution of x behind its part of the states, which x is then written to."""
+    index, begin = named["slots"], 0
+    seen = named["positions"] if index is None else named["positions"][index]
+    for d in named["dilations"]:
+        here = slice(begin, begin := begin + (case.K - 1) * d)
+
+        def convolved(x: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None, here: slice = here, d: int = d) -> Tensor:
+            return streaming.causal_conv1d_update(x, states[:, here].mT, weight, bias, None, seen, index, d, "none")
+
+        yield convolved
+
+
+def _stack_of_rounded(case: Case, args: tuple) -> tuple[Tensor, ...]:
+    """A stack whose products read `_rounded` numbers; what is added to them, as a residual, and what the states keep is not rounded."""
+    named, rounded = (dict(zip(_names(case.op), each, strict=True)) for each in (_mapped(args, Tensor.double), _rounded(case.op, args)))
+    x, history, read = named["x"], named["history"].clone(), rounded["x"]
+    for convolved, weight, bias in zip(_layers(case, named), rounded["weights"], named["biases"], strict=True):
+        p = convolved(read, rounded["history"].clone(), weight, bias)
+        convolved(x, history, weight, bias)
+        x = read = reference.activated(p, x, case.activation)
+    return x, history
 
 
 def _slack_of_sums(case: Case, named: dict[str, Any], grad_p: Tensor, slack: Tensor) -> list[Tensor]:

@@ -13,10 +13,11 @@ Where there are `cu_seqlens`, a tile is of one sequence (see `sequences.py`), an
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot, dot_rounded, waited
-from fuzzytok_kernels.kernels.sequences import assert_sequences, bounded, load, moved, place, row_length, sequence_of
+from fuzzytok_kernels.kernels.sequences import bounded, load, moved, place, row_length, sequence_of
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
 
@@ -26,14 +27,16 @@ def conv_tma_kernel(
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt, n_sequences, stride_sn, stride_sc, stride_st,
     K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
     EXTRA: tl.constexpr, PRECISION: tl.constexpr, IN_LAST: tl.constexpr, Y_DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
+    FAR: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
     """Persistent over output tiles. Descriptors: x [B, T, C_in], weight [K, PARTS, C_out/PARTS, C_in] (IN_LAST) or [K, C_in, C_out].
 
-    extra [B, T, C] and y [B, T, parts, C] are descriptors too (Y_DESCRIBED), or else pointers. Where there are `cu_seqlens`, descriptors
-    have a side, a bound and a step in place of [B, T], pointers have one step as stride_eb and stride_yb, and y_memory points to y.
-    Taps that see nothing but zeros are left out where shifts are FAR.
+    extra [B, T, C] and y [B, T, parts, C] are descriptors too (Y_DESCRIBED), or else pointers. Where there are `cu_seqlens`, x has a side,
+    a bound and a step in place of [B, T], and y_memory points to y. Taps that see nothing but zeros are left out where shifts are FAR.
+    PDL: the next launch may start before this one has ended, which it then waits for.
     """
+    if PDL:
+        gdc_launch_dependents()
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
     n_ci, n_co = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH)
@@ -42,13 +45,14 @@ def conv_tma_kernel(
         c = tile % n_co * WIDTH
         t = tile // n_co % n_t * BLOCK_T
         b = tile // n_co // n_t
-        side, n, length = None, b, T
-        bound, step = b, t
+        side, n, start = None, b, None
+        bound, step, end = b, t, T
         if cu_seqlens is not None:
             n = sequence_of(tile // n_co, cu_seqlens, n_sequences, T, BLOCK_T)
-            b, length, first = place(tile // n_co, n, cu_seqlens, n_sequences, T, BLOCK_T)
-            side, t = tl.where(shift < 0, row_length(), 0), moved(b, first, shift, T, BLOCK_T)
-            bound, step = bounded(side, b, length, t)
+            start, length, first = place(tile // n_co, n, cu_seqlens, n_sequences, T, BLOCK_T)
+            side, t = tl.where(shift < 0, row_length(), 0), moved(first, length, shift, BLOCK_T)
+            bound, step = bounded(side, start, length, t)
+            end = start + length
         if cu_seqlens is None or first < length:
             acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
             taps = K
@@ -66,13 +70,10 @@ def conv_tma_kernel(
                     K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
                 )  # fmt: skip
             _finish(
-                acc, bias, extra, y, y_memory, side, b, t, c, length, channels, stride_bias,
+                acc, bias, extra, y, y_memory, b, t if start is None else start + t, c, start, end, channels, stride_bias,
                 stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
                 PARTS, HAS_BIAS, ACTIVATION, APPROXIMATE, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
             )  # fmt: skip
-    # By the program that has no more tiles than another; behind them, for 128 bytes of local memory were taken where it stood before.
-    if cu_seqlens is not None and tl.program_id(0) == tl.num_programs(0) - 1:
-        assert_sequences(cu_seqlens, n_sequences, T)
 
 
 @triton.jit
@@ -130,8 +131,6 @@ def conv_pointer_kernel(
     first_c, first_t, b = tile % n_co * WIDTH, tile // n_co % n_t * BLOCK_T, tile // n_co // n_t
     n = b
     if cu_seqlens is not None:
-        if tile == tl.num_programs(0) - 1:
-            assert_sequences(cu_seqlens, n_sequences, T)
         n = sequence_of(tile // n_co, cu_seqlens, n_sequences, T, BLOCK_T)
         b, T, first_t = place(tile // n_co, n, cu_seqlens, n_sequences, T, BLOCK_T)
     if cu_seqlens is None or first_t < T:
@@ -149,7 +148,7 @@ def conv_pointer_kernel(
                 K, PARTS, PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
             )  # fmt: skip
         _finish(
-            acc, bias, extra, y, None, None, b, first_t, first_c, T, channels, stride_bias,
+            acc, bias, extra, y, None, b, first_t, first_c, None, T, channels, stride_bias,
             stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
             PARTS, HAS_BIAS, ACTIVATION, APPROXIMATE, EXTRA, False, BLOCK_T, BLOCK_C_OUT,
         )  # fmt: skip
@@ -204,14 +203,15 @@ def _past(state, n, source, ci, c_in, shift, stride_sn, stride_sc, stride_st, K:
 
 @triton.jit
 def _finish(
-    acc, bias, extra, y, y_memory, side, b, t, c, T, channels, stride_bias,
+    acc, bias, extra, y, y_memory, b, t, c, begin, end, channels, stride_bias,
     stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, EXTRA: tl.constexpr,
     DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_OUT: tl.constexpr,
 ):  # fmt: skip
     """Bias, activation or its gradient, residual, and the store of a tile, from its channel c and step t on.
 
-    In two halves: half the shared memory of a whole tile, so that two programs fit a multiprocessor.
+    What lies before `begin`, if that is not None, or from `end` on is not stored. In two halves: half the shared memory of a whole tile, so
+    that two programs fit a multiprocessor.
     """
     HALF: tl.constexpr = BLOCK_C_OUT // 2
     left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, HALF)), (0, 2, 1)))
@@ -222,27 +222,27 @@ def _finish(
         right += _bias(bias, part, right_c, channels, stride_bias, HALF)
     if PARTS == 1:
         if EXTRA != "none":
-            more = _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+            more = _read(extra, b, t, c, begin, end, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
             left = _with_extra(left, more, ACTIVATION, APPROXIMATE, EXTRA)
         else:
             left = activate(left, ACTIVATION, APPROXIMATE)
-        _write(left, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(left, y, y_memory, b, t, 0, c, begin, end, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
         if EXTRA != "none":
-            more = _read(extra, side, b, t, right_c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+            more = _read(extra, b, t, right_c, begin, end, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
             right = _with_extra(right, more, ACTIVATION, APPROXIMATE, EXTRA)
         else:
             right = activate(right, ACTIVATION, APPROXIMATE)
-        _write(right, y, y_memory, side, b, t, 0, right_c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(right, y, y_memory, b, t, 0, right_c, begin, end, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     elif EXTRA == "grad_y":
-        grad = _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+        grad = _read(extra, b, t, c, begin, end, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
         left, right = gate_grads(left, right, grad, ACTIVATION)
-        _write(left, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
-        _write(right, y, y_memory, side, b, t, 1, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(left, y, y_memory, b, t, 0, c, begin, end, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+        _write(right, y, y_memory, b, t, 1, c, begin, end, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
     else:
         out = gate(left, right, ACTIVATION, APPROXIMATE)
         if EXTRA == "residual":
-            out += _read(extra, side, b, t, c, T, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
-        _write(out, y, y_memory, side, b, t, 0, c, T, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
+            out += _read(extra, b, t, c, begin, end, channels, stride_eb, stride_ec, stride_et, DESCRIBED, BLOCK_T, HALF)
+        _write(out, y, y_memory, b, t, 0, c, begin, end, channels, stride_yb, stride_yc, stride_yt, DESCRIBED, BLOCK_T, HALF)
 
 
 @triton.jit
@@ -263,56 +263,36 @@ def _bias(bias, part, c, channels, stride_bias, HALF: tl.constexpr):
 
 @triton.jit
 def _read(
-    x, side, b, t, c, T, channels, stride_b, stride_c, stride_t, DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr
+    x, b, t, c, begin, end, channels, stride_b, stride_c, stride_t, DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """[T, C], zeros or anything outside the tensor."""
+    """[T, C], zeros or anything where nothing is stored."""
     if DESCRIBED:
-        bound, step = b, t
-        if side is not None:
-            bound, step = bounded(side, b, T, t)
-        return load(x, side, bound, step, c).reshape(BLOCK_T, HALF).to(tl.float32)
+        return x.load([b, t, c]).reshape(BLOCK_T, HALF).to(tl.float32)
     else:
-        offsets, inside = _block(side, b, t, 0, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+        offsets, inside = _block(b, t, 0, c, begin, end, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _write(
-    value,
-    y,
-    y_memory,
-    side,
-    b,
-    t,
-    part,
-    c,
-    T,
-    channels,
-    stride_b,
-    stride_c,
-    stride_t,
-    DESCRIBED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    value, y, y_memory, b, t, part, c, begin, end, channels, stride_b, stride_c, stride_t,
+    DESCRIBED: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     if not DESCRIBED:
-        offsets, inside = _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+        offsets, inside = _block(b, t, part, c, begin, end, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         tl.store(y + offsets, value.to(y.dtype.element_ty), mask=inside)
-    elif side is None:
+    elif begin is None or end - begin >= BLOCK_T:  # the tile is whole, see `moved`
         y.store([b, t, part, c], value.to(y.dtype).reshape(1, BLOCK_T, 1, HALF))
-    elif t >= 0:
-        bound, step = bounded(row_length(), b, T, t)
-        y.store([row_length(), bound, step, part, c], value.to(y.dtype).reshape(1, 1, BLOCK_T, 1, HALF))
-    else:  # a store from a negative coordinate on is an illegal instruction on an H100
-        offsets, inside = _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
+    else:
+        offsets, inside = _block(b, t, part, c, begin, end, channels, stride_b, stride_c, stride_t, BLOCK_T, HALF)
         tl.store(y_memory + offsets, value.to(y.dtype), mask=inside)
 
 
 @triton.jit
-def _block(side, b, t, part, c, T, channels, stride_b, stride_c, stride_t, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+def _block(b, t, part, c, begin, end, channels, stride_b, stride_c, stride_t, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
     """Offsets [T, C], 64-bit, and which of them are inside."""
     steps, within = t + tl.arange(0, BLOCK_T).to(tl.int64), c + tl.arange(0, HALF).to(tl.int64)
     o = part * channels + within
     offsets = b.to(tl.int64) * stride_b + steps[:, None] * stride_t + o[None, :] * stride_c
-    inside = steps < T if side is None else (steps >= 0) & (steps < T)
+    inside = steps < end if begin is None else (steps >= begin) & (steps < end)
     return offsets, inside[:, None] & (within < channels)[None, :]

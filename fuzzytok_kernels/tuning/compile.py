@@ -19,6 +19,7 @@ from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
 # How the assembly of each generation names the products of its tensor cores.
 _PRODUCTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "v_mfma": "mfma"}
 _FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S+ \{[^}]*\}, *\{")  # Hopper's, of a left operand in registers
+_CALL = re.compile(r"^\s*(@\S+\s+)?call[.\s]", re.MULTILINE)
 
 
 class Resources(NamedTuple):
@@ -29,6 +30,7 @@ class Resources(NamedTuple):
     local: int  # bytes of local memory a thread
     products: str = ""  # the instructions of its tensor cores: of _PRODUCTS, or "" if it has none
     overwrites: bool = False  # whether registers may be loaded anew while a product still reads them
+    serialized: bool = False  # whether each of Hopper's products waits for the last: a kernel that calls a function has ptxas do so
 
     @property
     def spills(self) -> bool:
@@ -104,7 +106,7 @@ class _Pretended(DriverBase):
     def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
         registers, local = _registers(binary) if self.target.backend == "cuda" else _amd_registers(self.assembly)
         products = max((name for sign, name in _PRODUCTS.items() if sign in self.assembly), default="")
-        self.compiled.append(Resources(shared, registers, local, products, _overwrites(self.assembly)))
+        self.compiled.append(Resources(shared, registers, local, products, _overwrites(self.assembly), _serialized(self.assembly)))
         return name, name, registers, local, 1024
 
 
@@ -112,6 +114,10 @@ def _overwrites(assembly: str) -> bool:
     """Whether a wait behind products from registers leaves some under way: see `kernels/dot.waited`."""
     stretches = assembly.split("wgmma.wait_group.sync.aligned")
     return any(_FROM_REGISTERS.search(some) and wait.split(";")[0].strip() != "0" for some, wait in itertools.pairwise(stretches))
+
+
+def _serialized(assembly: str) -> bool:
+    return "wgmma.mma_async" in assembly and bool(_CALL.search(assembly))
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:

@@ -168,6 +168,8 @@ def _faults(used: Resources, gpu: Gpu, budget: int) -> list[str]:
         faults.append("no product on the tensor cores")
     if used.overwrites:
         faults.append("registers loaded anew while a product may still read them")
+    if used.serialized:
+        faults.append("a call, as of an assertion, around which each product waits for the last")
     return faults
 
 

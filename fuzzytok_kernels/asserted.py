@@ -1,0 +1,20 @@
+"""The assertion on what a packed batch's `cu_seqlens` holds, for a GPU, where no check may wait for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fuzzytok_kernels.descriptors import Traits
+from fuzzytok_kernels.kernels.sequences import assert_sequences_kernel
+from fuzzytok_kernels.program import Kernel
+
+_CHUNK = 1024  # boundaries at a time
+
+
+def assertion(cu_seqlens: Traits | None, T: int, early: bool = False) -> Callable[[Any], None]:
+    """Launches it, if there are any, behind the kernel that reads them; `early` if that lets the next launch start before it has ended."""
+    if cu_seqlens is None:
+        return lambda cu_seqlens: None
+    # No arithmetic is checked for overflow, as `debug` alone would have it.
+    options: dict[str, Any] = {"debug": True, "sanitize_overflow": False, **({"launch_pdl": True} if early else {})}
+    kernel, numbers = Kernel(assert_sequences_kernel, 1, (early, _CHUNK), **options), (cu_seqlens.shape[0] - 1, T)
+    return lambda cu_seqlens: kernel(cu_seqlens.contiguous(), *numbers)
