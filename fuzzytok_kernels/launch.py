@@ -122,8 +122,7 @@ def _fused_plan(
     CHECKS["causal_conv1d_fused"](x, weight, bias, residual, state, cu_seqlens, dilation, activation)
     after = _After(activation, "none" if residual is None else "residual", residual)
     sequences = _Sequences(state, cu_seqlens, unasserted=cu_seqlens)
-    # Packed, what reads no residual has the config of what does: neither loop is flattened, see _conv (52 -> 48 us for the input-grad).
-    if after == _NOTHING and not sequences.packed:
+    if after == _NOTHING:
         problem = _problem("causal_conv1d", x, weight, dtype, dilation, sequences=sequences)
     else:
         epilogue = "residual" if activation == "none" else activation
@@ -162,7 +161,8 @@ def _input_grad_plan(
 ) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d_input_grad"](grad_y, weight, dilation, residual, cu_seqlens)
     after, sequences = _After("none", "none" if residual is None else "residual", residual), _Sequences(None, cu_seqlens)
-    epilogue = "residual" if sequences.packed else after.kind  # see _fused_plan
+    # Packed, it has the config of one with a residual: neither loop is flattened, see _conv (52 -> 48 us).
+    epilogue = "residual" if sequences.packed else after.kind
     problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, epilogue, sequences)
     return _plan(problem, grad_y.device, functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation))
 
