@@ -73,7 +73,7 @@ class Network(NamedTuple):
 LINKS = Host(), Network("InfiniBand NDR, a port a GPU, stated", 25.0, 50e3)
 PARAMETERS = len(DILATIONS) * (K * C * C + C)
 MEMORY = 2.5e6  # bytes a microsecond that a copy reads and writes, stated
-GAPS = 32.0  # us between kernels, where streams wait for one another, more where they exchange; fitted to the rows of 2 GPUs
+GAPS = 26.0  # us between kernels, where streams wait for one another, more where they exchange; fitted to the rows of 2 and 4 GPUs
 FSDP = 46.0  # us: FSDP2's own kernels in a step, as one unit; measured
 ANEW = 148.0  # us: a convolution's kernels for its history alone; measured at 65,536 steps, the shortest kernels' times gave 18
 

@@ -50,7 +50,7 @@ for path in ("tma", "pointer"):
         check(lambda: launch.causal_conv1d_weight_grad(grad_y, x, K, 2), both, products, None)
         one, boundaries = x[:1], torch.tensor([0, 20, T], dtype=torch.int32)
         packed = lambda: launch.causal_conv1d_fused(one, weight, bias, None, None, boundaries, 2, "none")
-        check(packed, [f"causal_conv1d_{path}"], products // 2, of_x // 2 + weights + of_y // 2)
+        check(packed, [f"causal_conv1d_{path}", "assert_sequences"], products // 2, of_x // 2 + weights + of_y // 2)
 with force(path="tma", BLOCK_T=16, BLOCK_C_IN=16, BLOCK_C_OUT=32, num_warps=4, num_stages=2):
     first = x.contiguous()  # is copied to channels-last
     copied = ["causal_conv1d_channels_last", "causal_conv1d_tma"]

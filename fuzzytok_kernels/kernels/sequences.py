@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from fuzzytok_kernels.profile import fixed_name
+from fuzzytok_kernels.profile import fixed_name, moved_metadata
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def load(x, side, b, t, c):
         return x.load([side, b, t, c])
 
 
-@triton.jit(do_not_specialize=["n_sequences", "T"], repr=fixed_name("assert_sequences"))
+@triton.jit(do_not_specialize=["n_sequences", "T"], repr=fixed_name("assert_sequences"), launch_metadata=moved_metadata)
 def assert_sequences_kernel(cu_seqlens, n_sequences, T, PDL: tl.constexpr, CHUNK: tl.constexpr):
     """One program, CHUNK boundaries at a time, without a synchronisation: PyTorch reports the assertion at its next one.
 
