@@ -5,9 +5,9 @@ from typing import Any
 
 from fuzzytok_kernels.descriptors import Traits
 from fuzzytok_kernels.kernels.sequences import assert_sequences_kernel
-from fuzzytok_kernels.program import Kernel
+from fuzzytok_kernels.program import Kernel, cdiv
 
-_CHUNK = 1024  # boundaries at a time
+_CHUNK = 1024  # boundaries a program
 
 
 def assertion(cu_seqlens: Traits | None, T: int, early: bool = False) -> Callable[[Any], None]:
@@ -16,5 +16,6 @@ def assertion(cu_seqlens: Traits | None, T: int, early: bool = False) -> Callabl
         return lambda cu_seqlens: None
     # No arithmetic is checked for overflow, as `debug` alone would have it.
     options: dict[str, Any] = {"debug": True, "sanitize_overflow": False, **({"launch_pdl": True} if early else {})}
-    kernel, numbers = Kernel(assert_sequences_kernel, 1, (early, _CHUNK), **options), (cu_seqlens.shape[0] - 1, T)
+    kernel = Kernel(assert_sequences_kernel, cdiv(cu_seqlens.shape[0], _CHUNK), (early, _CHUNK), **options)
+    numbers = cu_seqlens.shape[0] - 1, T
     return lambda cu_seqlens: kernel(cu_seqlens.contiguous(), *numbers)

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from modes import ON_CUDA, needs_cuda, run_python
+from modes import INTERPRETED, ON_CUDA, needs_cuda, run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuzzytok_kernels import causal_conv1d
@@ -70,6 +70,7 @@ BAD_VALUES = {
     "ends with 10": [0, 10],
     "begins with -1": [-1, 9],
     "ends with 0": [0],
+    "begins with 9": [9],
 }
 
 
@@ -82,6 +83,21 @@ def test_bad_values_on_the_cpu(says, name):
         name, changes["weight"] = "function", torch.ones(4, 4, 3, requires_grad=True)
     with pytest.raises(ValueError, match=f"^cu_seqlens {says}"):
         call(name, new_on("cpu"), **changes)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the next test, on a GPU")
+@pytest.mark.parametrize("values", [*BAD_VALUES.values(), [0, 9], [0, 0, 9, 9], [0] * 3000 + [9]], ids=lambda values: str(values[:5]))
+def test_what_is_asserted(values, monkeypatch):
+    from triton.runtime import interpreter
+
+    from fuzzytok_kernels.asserted import assertion
+    from fuzzytok_kernels.descriptors import traits
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    cu_seqlens = torch.tensor(values, dtype=torch.int32)
+    good = values[0] == 0 and values[-1] == 9 and values == sorted(values)
+    with nullcontext() if good else pytest.raises(interpreter.InterpreterError):
+        assertion(traits(cu_seqlens), 9)(cu_seqlens)
 
 
 FORWARDS = {

@@ -7,8 +7,9 @@ product has; `shift` is the dilation, negative for the input-grad.
 A gate has c_out / 2 channels of values and as many of gates (PARTS = 2, else 1). A tile's columns are then half values, half the gates of
 the same channels. `extra` is nothing, the residual to be added, or the gradient of the block's output (EXTRA).
 
-Where there are `cu_seqlens`, a tile is of one sequence (see `sequences.py`), and T in what follows is that sequence's. Where there is a
-`state` [N, C_in, (K - 1) * shift], oldest step first and one row a sequence, the tiles that look beyond a sequence's beginning read it.
+Where there are `cu_seqlens`, a tile is of one sequence (see `sequences.py`), and its steps are counted from that one's beginning until they
+are read or written as the batch's. Where there is a `state` [N, C_in, (K - 1) * shift], oldest step first and one row a sequence, the tiles
+that look beyond a sequence's beginning read it.
 """
 
 import triton
@@ -97,7 +98,9 @@ def _add_taps(
     for i in tl.range(taps * n_ci, num_stages=STAGES):
         k = i % taps  # taps innermost: the rows of one channel block are read again while hot (46.4 -> 41.7 us at C=256 on an H100)
         ci = i // taps * BLOCK_C_IN
-        rows = load(x, side, b, t - k * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)  # zeros outside 0 <= t < T, by the hardware
+        rows = load(x, side, b, t - k * shift, ci).reshape(
+            BLOCK_T, BLOCK_C_IN
+        )  # zeros outside 0 <= t < T, or on that side, by the hardware
         if state is not None:
             source = t - k * tl.cast(shift, tl.int64) + tl.arange(0, BLOCK_T)
             past = _past(state, n, source, ci, c_in, shift, stride_sn, stride_sc, stride_st, K, BLOCK_C_IN)

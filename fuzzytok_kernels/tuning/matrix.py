@@ -86,11 +86,13 @@ def untuned(name: str, target: GPUTarget) -> Resources:
 
 
 def _packed() -> None:
-    x, weight, boundaries = _sequence(64), _weight(64, 64), torch.tensor([0, 20, 64], dtype=torch.int32)
-    launch.causal_conv1d_fused(x, weight, None, x, None, boundaries, 1, "gelu")
-    launch.causal_conv1d_activation_grad(x, x, weight, None, None, boundaries, 1, "gelu")
-    launch.causal_conv1d_input_grad(x, weight, 1, x, boundaries)
-    launch.causal_conv1d_weight_grad(x, x, 3, 1, boundaries)
+    weight = _weight(64, 64)
+    for T in (64, 4096):  # through pointers, and descriptors where there are any
+        x, boundaries = torch.zeros(1, T, 64, dtype=torch.bfloat16).mT, torch.tensor([0, 20, T], dtype=torch.int32)
+        launch.causal_conv1d_fused(x, weight, None, x, None, boundaries, 1, "gelu")
+        launch.causal_conv1d_activation_grad(x, x, weight, None, None, boundaries, 1, "gelu")
+        launch.causal_conv1d_input_grad(x, weight, 1, x, boundaries)
+        launch.causal_conv1d_weight_grad(x, x, 3, 1, boundaries)
 
 
 def _stateful() -> None:
