@@ -5,7 +5,7 @@ from typing import Any
 
 from fuzzytok_kernels.descriptors import Traits
 from fuzzytok_kernels.kernels.sequences import assert_sequences_kernel
-from fuzzytok_kernels.program import Kernel, cdiv
+from fuzzytok_kernels.program import Kernel, cdiv, overlapping
 
 _CHUNK = 1024  # boundaries a program
 
@@ -15,7 +15,7 @@ def assertion(cu_seqlens: Traits | None, T: int, early: bool = False) -> Callabl
     if cu_seqlens is None:
         return lambda cu_seqlens: None
     # No arithmetic is checked for overflow, as `debug` alone would have it.
-    options: dict[str, Any] = {"debug": True, "sanitize_overflow": False, **({"launch_pdl": True} if early else {})}
+    options = {"debug": True, "sanitize_overflow": False, **overlapping(early)}
     kernel = Kernel(assert_sequences_kernel, cdiv(cu_seqlens.shape[0], _CHUNK), (early, _CHUNK), **options)
     numbers = cu_seqlens.shape[0] - 1, T
     return lambda cu_seqlens: kernel(cu_seqlens.contiguous(), *numbers)

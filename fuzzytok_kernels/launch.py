@@ -20,7 +20,7 @@ from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
 from fuzzytok_kernels.private_triton import OutOfResources
-from fuzzytok_kernels.program import Kernel, cdiv, on, tell
+from fuzzytok_kernels.program import Kernel, cdiv, may_overlap, on, tell
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.support import approximates, conv_switch, facts
 from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
@@ -120,8 +120,7 @@ def _fused_plan(
     generation: int,
 ) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d_fused"](x, weight, bias, residual, state, cu_seqlens, dilation, activation)
-    after = _After(activation, "none" if residual is None else "residual", residual)
-    sequences = _Sequences(state, cu_seqlens, unasserted=cu_seqlens)
+    after, sequences = _After(activation, "none" if residual is None else "residual", residual), _Sequences(state, cu_seqlens)
     if after == _NOTHING:
         problem = _problem("causal_conv1d", x, weight, dtype, dilation, sequences=sequences)
     else:
@@ -211,7 +210,6 @@ class _Sequences(NamedTuple):
 
     state: Traits | None
     cu_seqlens: Traits | None
-    unasserted: Traits | None = None  # cu_seqlens where no launch before has asserted what they hold, as a forward has for its backward
 
     @property
     def packed(self) -> bool:
@@ -261,8 +259,9 @@ def _conv(
     approximate = approximates(x.dtype, x.device)
     constants = (K, parts, bias is not None, after.activation, approximate, after.kind, _precision(problem, x.device))
     tiles = sequences.tiles(B, T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
+    unasserted = sequences.cu_seqlens if shift > 0 and after.kind != "grad_y" else None  # those of a backward its forward has asserted
     if config.path == "pointer":
-        pointer_kernel, assert_sequences = Kernel(conv_pointer_kernel, tiles, constants, config), assertion(sequences.unasserted, T)
+        pointer_kernel, assert_sequences = Kernel(conv_pointer_kernel, tiles, constants, config), assertion(unasserted, T)
         strides_of_weight = [weight.strides[axis] for axis in axes]
         of_x, of_extra, of_y = map(sequences.strides_between, (x.strides, strides_of_extra, strides))
         numbers = (T, c_in, c_out, shift, stride_bias, *of_x, *strides_of_weight, *of_extra, *of_y, *sequences.numbers)
@@ -290,9 +289,9 @@ def _conv(
     options: dict[str, Any] = {}
     if sequences.packed and sequences.state is None and problem.dtype != "fp32":
         options["maxnreg"] = min(255, 65_536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)
-    early = sequences.unasserted is not None and x.device.type == "cuda"
+    early = unasserted is not None and may_overlap(x.device)
     tma_kernel = Kernel(conv_tma_kernel, programs, (*constants, in_last, described, flatten, far, early), config, **options)
-    assert_sequences = assertion(sequences.unasserted, T, early)
+    assert_sequences = assertion(unasserted, T, early)
     width = channels // parts_of_y
     write_y = descriptor([B, T, parts_of_y, width], [strides[0], strides[2], width, 1], [1, config.BLOCK_T, 1, half])
     numbers = (B, T, c_in, c_out, shift, stride_bias, *strides_of_extra, *strides, *sequences.numbers)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fuzzytok_kernels.private_triton import KernelInterface, OutOfResources, described, launcher
+from fuzzytok_kernels.support import facts
 from fuzzytok_kernels.tuning import Config
 
 
@@ -44,6 +45,16 @@ def on(device: torch.device, launch: Callable) -> Callable:
         return launch(*tensors)
 
     return launch_there
+
+
+def may_overlap(device: torch.device) -> bool:
+    """Whether a launch there may start before the one in front of it has ended (PDL): on Hopper and newer, as the descriptors."""
+    return device.type == "cuda" and facts(device).descriptors
+
+
+def overlapping(pdl: bool) -> dict[str, Any]:
+    """The options of a launch that does."""
+    return {"launch_pdl": True} if pdl else {}
 
 
 def named(name: str, launch: Callable) -> Callable:

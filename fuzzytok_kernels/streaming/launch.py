@@ -16,7 +16,7 @@ from fuzzytok_kernels.checks import CHECKS
 from fuzzytok_kernels.descriptors import Traits, traits
 from fuzzytok_kernels.kernels.update import embedding_norm_kernel, prepend_kernel, remember_kernel, shift_kernel, update_kernel
 from fuzzytok_kernels.layout import laid_out_as, output_strides
-from fuzzytok_kernels.program import Kernel, cdiv, named, on
+from fuzzytok_kernels.program import Kernel, cdiv, may_overlap, named, on, overlapping
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.support import conv_switch, facts
 
@@ -165,8 +165,8 @@ def _stack_plan(
 def _embedding_plan(ids: Traits, embedding: Traits, weight: Traits, bias: Traits, eps: float) -> Callable[..., Tensor]:
     CHECKS["embedding_norm"](ids, embedding, weight, bias, eps)
     (B, L), (n_ids, channels) = ids.shape, embedding.shape
-    block, pdl = _power_of_two(channels), _pdl(ids)
-    kernel = Kernel(embedding_norm_kernel, B * L, (pdl, block), num_warps=1 if block <= 512 else 8, **_launched(pdl))
+    block, pdl = _power_of_two(channels), may_overlap(ids.device)
+    kernel = Kernel(embedding_norm_kernel, B * L, (pdl, block), num_warps=1 if block <= 512 else 8, **overlapping(pdl))
     numbers = (L, channels, n_ids, eps, *ids.strides, *embedding.strides, *weight.strides, *bias.strides)
 
     def embed(ids: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def _layer(
     if B * L > MOST_ROWS:
         return _long(x, state, dilation, activation, strides)
 
-    (c_out, c_in, K), pdl = weight.shape, _pdl(x)
+    (c_out, c_in, K), pdl = weight.shape, may_overlap(x.device)
     block_c_in = min(max(_power_of_two(c_in), 16 * _GROUPS), 512 // x.dtype.itemsize)
     block_c = min(_power_of_two(c_in), 256)
     past_programs = _row_programs(*past) if past else 0
@@ -213,7 +213,7 @@ def _layer(
     early = past is not None and apart and wide
     flags = (bias is not None, residual is not None, state.indexed, state.circular, state.by_slot, past is not None, apart, early, pdl)
     constants = (K, parts, activation, precision, *flags, _ROWS, block_c_in, 16 * parts, _GROUPS, _STEPS, block_c)
-    kernel = Kernel(update_kernel, past_programs + tiles, constants, num_warps=_GROUPS, num_stages=3, **_launched(pdl))
+    kernel = Kernel(update_kernel, past_programs + tiles, constants, num_warps=_GROUPS, num_stages=3, **overlapping(pdl))
     past_x, past_state = past or (x, state)
     sizes = (B, L, c_in, c_out, state.slots, dilation, state.history, state.offset, past_state.history, past_state.offset, past_programs)
     stride_bias = bias.strides[0] if bias else 0
@@ -270,9 +270,9 @@ def _remembering(x: Traits, state: _State, advance: bool = False) -> Callable[..
     B, c_in, L = x.shape
     if B * L == 0:
         return lambda *tensors: None
-    programs, pdl = _row_programs(x, state), _pdl(x)
+    programs, pdl = _row_programs(x, state), may_overlap(x.device)
     at_once = advance and programs == B
-    options: dict[str, Any] = {"num_warps": 4, **_launched(pdl)}
+    options: dict[str, Any] = {"num_warps": 4, **overlapping(pdl)}
     blocks = (pdl, _STEPS, min(_power_of_two(c_in), 256))
     kernel = Kernel(remember_kernel, programs, (state.indexed, state.by_slot, at_once, *blocks), **options)
     count = Kernel(remember_kernel, B, (state.indexed, state.by_slot, True, *blocks), **options)
@@ -310,18 +310,9 @@ def _row_programs(x: Traits, state: _State) -> int:
 # ---- the device
 
 
-def _pdl(x: Traits) -> bool:
-    """Whether a launch may start before the one in front of it has ended: on Hopper and newer, as the descriptors."""
-    return x.device.type == "cuda" and facts(x.device).descriptors
-
-
 def _wide(channels: int, outer: int, inner: int, other: int) -> bool:
     """Whether Triton knows that rows of so many channels, of these strides, can be read 16 bytes at a time: by what 16 divides."""
     return inner == 1 and channels % 16 == outer % 16 == other % 16 == 0
-
-
-def _launched(pdl: bool) -> dict[str, Any]:
-    return {"launch_pdl": True} if pdl else {}
 
 
 def _precision(x: Tensor) -> str:
