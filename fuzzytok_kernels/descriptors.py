@@ -39,10 +39,12 @@ class Rows(NamedTuple):
     block: list[int]
 
     @classmethod
-    def of(cls, B: int, T: int, stride_b: int, stride_t: int, block_t: int, packed: bool) -> "Rows":
+    def of(cls, B: int, T: int, stride_b: int, stride_t: int, block_t: int, packed: bool, looks_on: bool) -> "Rows":
         if not packed:
             return cls([B, T], [stride_b, stride_t], [1, block_t])
         side = row_length.fn()
+        if not looks_on:
+            return cls([_MOST, side], [stride_t, stride_t], [1, block_t])
         return cls([_MOST, _MOST, side], [2**64 // side - stride_t, stride_t, stride_t], [1, 1, block_t])
 
 
@@ -60,13 +62,13 @@ def descriptor(shape: list[int], strides: list[int], block: list[int]) -> Callab
     return lambda x: (describe, x)
 
 
-def rows(x: Traits, block_t: int, block_c: int, packed: bool = False) -> Callable[[Tensor], Described]:
+def rows(x: Traits, block_t: int, block_c: int, packed: bool = False, looks_on: bool = False) -> Callable[[Tensor], Described]:
     """Makes the descriptor of [B, T, C] of an x (B, C, T), of its `channels_last` copy if it does not lie so already.
 
-    Of [side, bound, step, C] if packed.
+    Of the rows of packed sequences, which begin with one, or end with it where a kernel looks on.
     """
     (B, channels, T), (stride_b, stride_c, stride_t) = x.shape, x.strides
-    there, copied = (Rows.of(B, T, *strides, block_t, packed) for strides in ((stride_b, stride_t), (T * channels, channels)))
+    there, copied = (Rows.of(B, T, *strides, block_t, packed, looks_on) for strides in ((stride_b, stride_t), (T * channels, channels)))
     shape, block = [*there.shape, channels], [*there.block, block_c]
     if _describable(x, *there.strides, stride_c):
         return descriptor(shape, [*there.strides, 1], block)
@@ -98,7 +100,7 @@ def planes(x: Traits, block_t: int, block_c: int, packed: bool, n_rows: int) -> 
     """
     (B, channels, T), width = x.shape, cdiv(x.shape[1], 8) * 8  # rows of 16 bytes
     split = Kernel(planes_kernel, n_rows * cdiv(channels, 64), (PLANES, 64, 64))
-    steps = Rows.of(PLANES * B, T, T * width, width, block_t, packed)
+    steps = Rows.of(PLANES * B, T, T * width, width, block_t, packed, looks_on=False)
     describe = descriptor([*steps.shape, channels], [*steps.strides, 1], [*steps.block, block_c])
 
     def described(x: Tensor, sums: Tensor | None) -> Described:

@@ -88,6 +88,15 @@ def test_the_model_trusts_only_measured_gpus_beyond_their_file(places, monkeypat
     assert stages(PROBLEM._replace(steps=128)) == 4
 
 
+@pytest.mark.parametrize(("gpu", "expected"), [(SIBLING, 4), (GENERIC, 3)])
+def test_what_a_sibling_measured_goes_before_the_model(places, monkeypatch, gpu, expected):
+    """Its winner of this very problem, though the model prefers another of its winners; not what was compiled and never measured."""
+    monkeypatch.setattr(lookup, "predicted", lambda problem, config, sm_count: float(config.num_stages))
+    places.put(places.shipped, 3, gpu, PROBLEM._replace(c_in=512))
+    places.put(places.shipped, 4, gpu)
+    assert stages() == expected
+
+
 def test_a_config_of_another_problem_must_suit(places):
     """Another dtype's pipeline may be too large, descriptors unable to read, three taps more than there are; then the default serves."""
     places.put(places.own, 4, config=CONFIG._replace(BLOCK_C_OUT=256))

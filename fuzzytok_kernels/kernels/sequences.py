@@ -8,9 +8,9 @@ wherever it begins, of which one at most is empty; T // BLOCK_T + N in all. (Til
 fewer, but cost more: 64 us where sequences of 512 steps took 52, 54 for 50 at 4,096; C=256, 65,536 steps, H100.)
 
 For pointers the batch is a row for each sequence: of `length` steps, `start` times the stride of a step away. A descriptor cannot know the
-lengths: its rows are all SIDE steps long and begin, or end, at any step, so that the hardware bounds the steps on that side: [side, bound,
-step, C], of the strides [-s, s, s, 1], with side = 0 for a row that begins with the step `bound`, and side = SIDE for one that ends there.
-The stride -s is 2**34 - s, which SIDE = 2**30 makes the same in 64 bits.
+lengths: its rows are all SIDE steps long and begin with any step, [bound, step, C] of the strides [s, s, 1], so that the hardware bounds
+the steps on that side; or, for the input-grad, which looks on, they end with any: [side, bound, step, C] of the strides [-s, s, s, 1],
+with side = SIDE. The stride -s is 2**34 - s, which SIDE = 2**30 makes the same in 64 bits.
 
 What is wrong with the values is asserted by a kernel of its own, behind a forward's and beside its last tiles (PDL). In the convolution's
 kernel an assertion is a call, and in a kernel that has one ptxas waits for each product of the tensor cores before the next: 56 us
@@ -60,6 +60,12 @@ def following(slot, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T: tl.co
 
 
 @triton.jit
+def share(count, part, parts):
+    """Where one of `parts` equal parts of `count` slots begins."""
+    return (tl.cast(count, tl.int64) * part // parts).to(tl.int32)
+
+
+@triton.jit
 def moved(t, length, shift, BLOCK_T: tl.constexpr):
     """The first step of a tile: t, or so far before it that the tile ends with its sequence.
 
@@ -72,18 +78,21 @@ def moved(t, length, shift, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def bounded(side, start, length, t):
-    """The bound and the step for step t of a sequence, read from this side."""
-    return tl.where(side == 0, start, start + length), tl.where(side == 0, t, row_length() - length + t)
+def bounded(x, start, length, t):
+    """The bound and the step for step t of a sequence, in the rows that x describes."""
+    if len(x.block_shape) == 3:
+        return start, t
+    else:
+        return start + length, row_length() - length + t
 
 
 @triton.jit
-def load(x, side, b, t, c):
-    """From a descriptor of packed sequences, or of a batch [B, T, C], whose rows have no side (None)."""
-    if side is None:
+def load(x, b, t, c):
+    """From a descriptor of a batch [B, T, C], or of packed sequences: with a bound and a step for b and t."""
+    if len(x.block_shape) == 3:
         return x.load([b, t, c])
     else:
-        return x.load([side, b, t, c])
+        return x.load([row_length(), b, t, c])
 
 
 @triton.jit(do_not_specialize=["n_sequences", "T"], repr=fixed_name("assert_sequences"), launch_metadata=moved_metadata)

@@ -36,7 +36,7 @@ def weight_grad_tma_kernel(
 ):  # fmt: skip
     """Descriptors: grad_y [B, T, C_out] (GRAD_Y_CHANNELS_LAST) or [B, C_out, T], which is not shifted; x [B, T, C_in], which is.
 
-    Where there are `cu_seqlens`, both have a side, a bound and a step in place of [B, T]. PLANES follow each other along B, or T.
+    Where there are `cu_seqlens`, both have a bound and a step in place of [B, T]. PLANES follow each other along B, or T.
     """
     n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
@@ -61,7 +61,6 @@ def _add_blocks(
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """The sums and those of the time blocks from `first` to `last`."""
-    side: tl.constexpr = None if cu_seqlens is None else 0
     apart = B if cu_seqlens is None else T
     if cu_seqlens is not None:
         n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
@@ -75,7 +74,7 @@ def _add_blocks(
             # Moved so that it ends with the sequence at the latest. The steps before the slot, which are of another one, count as zeros:
             # for grad_y the row begins with the slot.
             b, t = start, tl.minimum(slot_t, length - BLOCK_T)
-            dy = load(grad_y, side, b + slot_t + of_grad_y * apart, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
+            dy = load(grad_y, b + slot_t + of_grad_y * apart, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
         elif GRAD_Y_CHANNELS_LAST:
             dy = grad_y.load([b + of_grad_y * apart, t, co]).reshape(BLOCK_T, BLOCK_C_OUT).T  # [C_out, T], zeros from T on
         else:
@@ -83,7 +82,7 @@ def _add_blocks(
         grown = ()
         for j in tl.static_range(TAPS):
             # [T, C_in], zeros before t = 0, by the hardware
-            rows = load(x, side, b + of_x * apart, t - (k + j) * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)
+            rows = load(x, b + of_x * apart, t - (k + j) * shift, ci).reshape(BLOCK_T, BLOCK_C_IN)
             grown = grown + (dot(dy, rows, sums[j], PRECISION),)  # type: ignore[assignment]  # [C_out, C_in] each
         sums = grown
         if PLANES == 1 and (i >= share_first) & (i < share_last):
