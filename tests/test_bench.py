@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -101,7 +102,8 @@ def test_precompiling_covers_every_kernel_once():
 
 @pytest.mark.parametrize("shape", TINY, ids=str)
 @pytest.mark.parametrize(("rival", "op"), ROWS)
-def test_rivals_are_right(rival, op, shape):
+def test_rivals_are_right(rival, op, shape, monkeypatch):
+    monkeypatch.setattr(measure, "LONGEST_ROUND_MS", math.inf)  # beside 27 other processes a call took so long that a round had fewer
     case = Case("main", op, rival, shape, dtype=FP32)
     with torch.set_grad_enabled(op == "forward_backward"):
         calls = measure.Calls(case, measure.Data(case, 1 if rival == "module" else 2))
