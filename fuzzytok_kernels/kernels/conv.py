@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from fuzzytok_kernels.kernels.activation import activate, derivative, gate, gate_grads
 from fuzzytok_kernels.kernels.dot import dot, dot_rounded, waited
-from fuzzytok_kernels.kernels.sequences import bounded, following, load, moved, place, sequence_of, share
+from fuzzytok_kernels.kernels.sequences import bounded, count_blocks, find_block, following, load, moved, place, sequence_of, share
 from fuzzytok_kernels.profile import conv_metadata, conv_name
 
 
@@ -41,16 +41,15 @@ def conv_tma_kernel(
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
     n_ci, n_co = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH)
-    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
+    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     first, last, apart = tl.program_id(0), B * n_t * n_co, tl.num_programs(0)
     if cu_seqlens is not None:
-        # Slots that follow each other, of one block of channels: each is found from the last one, while that is computed. Searched for one
-        # by one, tiles of sequences of 512 steps took 58 us where they take 56, of 262,144 steps 240 where 228 (C=256, H200).
+        # Blocks of time that follow each other, of one block of channels. Searched for one by one, those of sequences of 512 steps took
+        # 58 us where they take 56, of 262,144 steps 240 where 228 (C=256, H200).
         group, groups = tl.program_id(0) // n_co, tl.num_programs(0) // n_co
-        slot, end_slot = share(n_t, group, groups), share(n_t, group + 1, groups)
-        first, last, apart = slot * n_co + tl.program_id(0) % n_co, end_slot * n_co, n_co
-        next_n = sequence_of(slot, cu_seqlens, n_sequences, T, BLOCK_T)
-        next_start, next_length, next_t = place(slot, next_n, cu_seqlens, n_sequences, T, BLOCK_T)
+        block, end_block = share(n_t, group, groups), share(n_t, group + 1, groups)
+        first, last, apart = block * n_co + tl.program_id(0) % n_co, end_block * n_co, n_co
+        next_n, next_start, next_length, next_t = find_block(block, cu_seqlens, n_sequences, T, BLOCK_T)
     for tile in tl.range(first, last, apart, flatten=FLATTEN):
         c = tile % n_co * WIDTH
         t = tile // n_co % n_t * BLOCK_T
@@ -58,32 +57,31 @@ def conv_tma_kernel(
         n, start = b, None
         bound, step, end = b, t, T
         if cu_seqlens is not None:
-            n, start, length, slot_t = next_n, next_start, next_length, next_t
-            next_n, next_start, next_length, next_t = following(tile // n_co, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
-            t = moved(slot_t, length, shift, BLOCK_T)
+            n, start, length = next_n, next_start, next_length
+            t = moved(next_t, length, shift, BLOCK_T)
+            next_n, next_start, next_length, next_t = following(n, start, length, next_t, cu_seqlens, n_sequences, T, BLOCK_T)
             bound, step = bounded(x, start, length, t)
             end = start + length
-        if cu_seqlens is None or slot_t < length:
-            acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
-            taps = K
-            if FAR:
-                taps = _seen(t, shift, T, K, BLOCK_T)
-            # 32-bit rows pass the registers anyway, and two loops' blocks do not fit.
-            if state is not None and ((x.dtype.primitive_bitwidth == 32) | (t < (K - 1) * shift)):
-                acc = _add_taps(
-                    acc, x, weight, bound, step, c, n_ci, taps, shift, state, n, c_in, stride_sn, stride_sc, stride_st,
-                    K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
-                )  # fmt: skip
-            else:
-                acc = _add_taps(
-                    acc, x, weight, bound, step, c, n_ci, taps, shift, None, n, c_in, stride_sn, stride_sc, stride_st,
-                    K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
-                )  # fmt: skip
-            _finish(
-                acc, bias, extra, y, y_memory, b, t if start is None else start + t, c, start, end, channels, stride_bias,
-                stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
-                PARTS, HAS_BIAS, ACTIVATION, APPROXIMATE, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
+        acc = tl.zeros([BLOCK_T, BLOCK_C_OUT], tl.float32)
+        taps = K
+        if FAR:
+            taps = _seen(t, shift, T, K, BLOCK_T)
+        # 32-bit rows pass the registers anyway, and two loops' blocks do not fit.
+        if state is not None and ((x.dtype.primitive_bitwidth == 32) | (t < (K - 1) * shift)):
+            acc = _add_taps(
+                acc, x, weight, bound, step, c, n_ci, taps, shift, state, n, c_in, stride_sn, stride_sc, stride_st,
+                K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
             )  # fmt: skip
+        else:
+            acc = _add_taps(
+                acc, x, weight, bound, step, c, n_ci, taps, shift, None, n, c_in, stride_sn, stride_sc, stride_st,
+                K, PRECISION, IN_LAST, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT,
+            )  # fmt: skip
+        _finish(
+            acc, bias, extra, y, y_memory, b, t if start is None else start + t, c, start, end, channels, stride_bias,
+            stride_eb, stride_ec, stride_et, stride_yb, stride_yc, stride_yt,
+            PARTS, HAS_BIAS, ACTIVATION, APPROXIMATE, EXTRA, Y_DESCRIBED, BLOCK_T, BLOCK_C_OUT,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -12,7 +12,7 @@ summed over the slower axis in memory, the tensor cores take in 16 bits alone. T
 registers: of three planes in memory the tensor cores would add each small product to the large sum, whose last bits they cut off, which was
 up to 60 times as far off as PyTorch's (the L2 norm of a long sum, on an H100).
 
-Where there are `cu_seqlens`, time is counted in slots, each a block of one sequence (see `sequences.py`). Rows of x beyond either end of
+Where there are `cu_seqlens`, each block of time is of one sequence (see `sequences.py`). Rows of x beyond either end of
 that sequence count as zeros, and are not multiplied with zeros of `grad_y`: another sequence may hold NaN.
 """
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fuzzytok_kernels.kernels.dot import dot
-from fuzzytok_kernels.kernels.sequences import following, load, place, sequence_of
+from fuzzytok_kernels.kernels.sequences import count_blocks, find_block, following, load
 from fuzzytok_kernels.profile import fixed_name, moved_metadata, weight_grad_metadata
 
 
@@ -38,7 +38,7 @@ def weight_grad_tma_kernel(
 
     Where there are `cu_seqlens`, both have a bound and a step in place of [B, T]. PLANES follow each other along B, or T.
     """
-    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
+    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
@@ -63,18 +63,17 @@ def _add_blocks(
     """The sums and those of the time blocks from `first` to `last`."""
     apart = B if cu_seqlens is None else T
     if cu_seqlens is not None:
-        n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
-        start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
+        n, start, length, block_t = find_block(first, cu_seqlens, n_sequences, T, BLOCK_T)
     PRODUCTS: tl.constexpr = 2 * PLANES - 1  # that of both second planes is less than their rounding
     for i in range(first * PRODUCTS, last * PRODUCTS):
         block = i // PRODUCTS
         of_grad_y, of_x = i % PRODUCTS // 2, i % PRODUCTS % 2  # planes: 0 0, 0 1, 1 0
         b, t = block // n_t, block % n_t * BLOCK_T
         if cu_seqlens is not None:
-            # Moved so that it ends with the sequence at the latest. The steps before the slot, which are of another one, count as zeros:
-            # for grad_y the row begins with the slot.
-            b, t = start, tl.minimum(slot_t, length - BLOCK_T)
-            dy = load(grad_y, b + slot_t + of_grad_y * apart, t - slot_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
+            # Moved so that it ends with the sequence at the latest. The steps before the block, which are of another one, count as zeros:
+            # for grad_y the row begins with the block.
+            b, t = start, tl.minimum(block_t, length - BLOCK_T)
+            dy = load(grad_y, b + block_t + of_grad_y * apart, t - block_t, co).reshape(BLOCK_T, BLOCK_C_OUT).T
         elif GRAD_Y_CHANNELS_LAST:
             dy = grad_y.load([b + of_grad_y * apart, t, co]).reshape(BLOCK_T, BLOCK_C_OUT).T  # [C_out, T], zeros from T on
         else:
@@ -87,9 +86,9 @@ def _add_blocks(
         sums = grown
         if PLANES == 1 and (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
-        if cu_seqlens is not None:  # at the end, and carried over: a load that another waits for within the loop takes stages from it
-            slot = (i + 1) // PRODUCTS - 1
-            n, start, length, slot_t = following(slot, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
+        # At the end, and carried over: a load that another waits for within the loop takes stages from it.
+        if cu_seqlens is not None and (i + 1) % PRODUCTS == 0:
+            n, start, length, block_t = following(n, start, length, block_t, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
 
 
@@ -105,7 +104,7 @@ def weight_grad_pointer_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Any strides and any alignment; offsets are 64-bit. Where there are `cu_seqlens`, stride_yb and stride_xb are one step."""
-    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else T // BLOCK_T + n_sequences
+    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
@@ -132,14 +131,13 @@ def _add_blocks_by_pointers(
     c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
     length = T
     if cu_seqlens is not None:
-        n = sequence_of(first, cu_seqlens, n_sequences, T, BLOCK_T)
-        start, length, slot_t = place(first, n, cu_seqlens, n_sequences, T, BLOCK_T)
+        n, start, length, block_t = find_block(first, cu_seqlens, n_sequences, T, BLOCK_T)
     for i in range(first, last):
         if cu_seqlens is None:
             b = (i // n_t).to(tl.int64)
             first_t = i % n_t * BLOCK_T
         else:
-            b, first_t = start.to(tl.int64), slot_t
+            b, first_t = start.to(tl.int64), block_t
         t = first_t + tl.arange(0, BLOCK_T).to(tl.int64)
         dy = tl.load(  # [T, C_out]
             grad_y + b * stride_yb + t[:, None] * stride_yt + o[None, :] * stride_yc,
@@ -162,8 +160,8 @@ def _add_blocks_by_pointers(
         sums = grown
         if (i >= share_first) & (i < share_last):
             bias_sum = _add_rows(dy, ones, bias_sum, PRECISION)
-        if cu_seqlens is not None:  # at the end, and carried over: a load that another waits for within the loop takes stages from it
-            n, start, length, slot_t = following(i, n, start, length, cu_seqlens, n_sequences, T, BLOCK_T)
+        if cu_seqlens is not None:  # at the end, as above
+            n, start, length, block_t = following(n, start, length, block_t, cu_seqlens, n_sequences, T, BLOCK_T)
     return sums, bias_sum
 
 
