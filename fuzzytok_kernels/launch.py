@@ -284,8 +284,8 @@ def _conv(
     # Blocks outside of a row are not free: with two taps in three 512 and 1,024 of 2,048 steps back a forward took 50 us, without such
     # blocks 42, with near taps 43; 256 and 512 steps back even a loop fused by hand gained nothing (C=256, B*T=65,536, H100).
     far = sequences == _ROWS and (K - 1) * abs(shift) > T // 3
-    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips empty slots or taps,
-    # or has two loops in it, cannot be flattened.
+    # A second read in the epilogue of a flattened loop leaves no room for two programs: 49 -> 54 us. A loop that skips taps, has two loops
+    # in it, or hands values on to its next turn, as that of packed sequences does, cannot be flattened.
     flatten = after.kind == "none" and sequences == _ROWS and not far
     # ptxas takes some registers more than for a batch. Strict fp32 and a state would spill, at 1 program.
     options: dict[str, Any] = {}
