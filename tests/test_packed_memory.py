@@ -1,7 +1,5 @@
 """Packed sequences where a tile could see too much: NaN in the neighbours, guard zones around tight memory, blocks of 16 steps."""
 
-from contextlib import suppress
-
 import guards
 import pytest
 import torch
@@ -107,24 +105,41 @@ def test_nothing_beyond_the_tensors(lengths, width, stated, strict_dtype, device
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="interpreter: an assertion on a GPU ends the process, and the reference has none")
+@pytest.mark.parametrize("multiprocessors", [1, 2])
 @pytest.mark.parametrize(
-    "values", [[-9, 70], [0, 70], [0, 2**31 - 1, -(2**31)], [50, 20, 40], [40, 40, 40], [0], [7], [0, -5, 99, 3, 40]], ids=str
+    "values",
+    [
+        [-9, 70],
+        [0, 70],
+        [0, 2**31 - 1, -(2**31)],
+        [50, 20, 40],
+        [40, 40, 40],
+        [0],
+        [7],
+        [0, -5, 99, 3, 40],
+        [0, 30, 10, 20, 40],
+        [0, 40] * 9,
+    ],
+    ids=str,
 )
-def test_bad_values_form_no_address_outside(values, device, path):
+def test_bad_values_form_no_address_outside(values, multiprocessors, device, path, monkeypatch):
     """Where nothing has checked them: whatever cu_seqlens holds, nothing but the results is written."""
-    from fuzzytok_kernels import launch
+    from fuzzytok_kernels import launch, support, tuning
 
+    monkeypatch.setattr(support, "cpu_facts", support.cpu_facts._replace(multiprocessors=multiprocessors))
+    tuning.forget()  # plans for another number of them
     inputs = guards.Inputs()
     x, grad_y = (placed(inputs, name, 16, 40, 16, torch.float32, device) for name in ("x", "grad_y"))
-    weight = torch.randn(16, 16, K)
+    weight, state = torch.randn(16, 16, K), torch.randn(len(values) - 1, 16, HISTORY)
     cu_seqlens = torch.tensor(values, dtype=torch.int32)
-    for function in ("causal_conv1d_fused", "causal_conv1d_input_grad", "causal_conv1d_weight_grad"):
-        args = {
-            "causal_conv1d_fused": (x, weight, None, grad_y, None, cu_seqlens, D, "gelu"),
-            "causal_conv1d_input_grad": (grad_y, weight, D, x, cu_seqlens),
-            "causal_conv1d_weight_grad": (grad_y, x, K, D, cu_seqlens),
-        }[function]
-        with guards.Allocations() as allocations, suppress(AssertionError):
+    for function, args in (
+        ("causal_conv1d_fused", (x, weight, None, grad_y, state, cu_seqlens, D, "gelu")),
+        ("causal_conv1d_fused", (x, weight, None, grad_y, None, cu_seqlens, D, "gelu")),
+        ("causal_conv1d_activation_grad", (grad_y, x, weight, None, state, cu_seqlens, D, "gelu")),
+        ("causal_conv1d_input_grad", (grad_y, weight, D, x, cu_seqlens)),
+        ("causal_conv1d_weight_grad", (grad_y, x, K, D, cu_seqlens)),
+    ):
+        with guards.Allocations() as allocations:
             getattr(launch, function)(*args)
         inputs.check()
         allocations.check()

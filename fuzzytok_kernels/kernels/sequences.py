@@ -7,7 +7,7 @@ Blocks of BLOCK_T steps are counted from each sequence's own beginning. A progra
 has those from `cu_seqlens[n] // BLOCK_T + n` on, enough wherever it begins, of which one at most is empty; T // BLOCK_T + N in all. One
 that goes through many counts all blocks first and finds each from the last one: of sequences of 512 steps every fifth slot is empty, and
 the weight-grad took 60 us with slots, 52 with blocks (C=256, 65,536 steps, H200). (Blocks that pass over an end, and mask what they read,
-are fewer, but cost more: 64 us where sequences of 512 steps took 52.)
+are fewer, but cost more: forward 64 us on an H100, where sequences of 512 steps took 52.)
 
 For pointers the batch is a row for each sequence: of `length` steps, `start` times the stride of a step away. A descriptor cannot know the
 lengths: its rows are all SIDE steps long and begin with any step, [bound, step, C] of the strides [s, s, 1], so that the hardware bounds
@@ -55,24 +55,32 @@ def place(slot, n, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
 @triton.jit
 def count_blocks(cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 256):
     """Of all sequences; no more than there can be, whatever `cu_seqlens` holds."""
-    count = tl.full([], 0, tl.int32)
-    for i in range(0, n_sequences, CHUNK):
-        count += tl.sum(_blocks(i + tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T))
-    return tl.minimum(count, T // BLOCK_T + n_sequences)
+    counts, first = tl.zeros([CHUNK], tl.int64), tl.full([], 0, tl.int32)
+    while (first < n_sequences) & (_boundary(first, cu_seqlens, n_sequences, T) < T):  # behind the last step there may be thousands
+        counts += _blocks(first + tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
+        first += CHUNK
+    return tl.minimum(tl.sum(counts), T // BLOCK_T + n_sequences).to(tl.int32)
 
 
 @triton.jit
 def find_block(block, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 256):
-    """The sequence that `block` is of, where it begins, how many steps it has, and before how many of them the block begins."""
-    n, before, total = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    for i in range(0, n_sequences, CHUNK):
-        blocks = _blocks(i + tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
-        passed = total + tl.cumsum(blocks) <= block  # sequences without steps with those before them
-        n += tl.sum(passed.to(tl.int32))
-        before += tl.sum(tl.where(passed, blocks, 0))
-        total += tl.sum(blocks)
+    """The sequence that `block` is of, where it begins, how many steps it has, and before how many of them the block begins.
+
+    Behind the last block: the last sequence's number, and no steps.
+    """
+    before, first = tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
+    blocks = _blocks(tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
+    together = tl.sum(blocks)
+    while (before + together <= block) & (n_sequences - first > CHUNK):
+        before += together
+        first += CHUNK
+        blocks = _blocks(first + tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
+        together = tl.sum(blocks)
+    passed = before + tl.cumsum(blocks) <= block  # sequences without steps with those before them
+    n = first + tl.sum(passed.to(tl.int32))
     start, length = _sequence(n, cu_seqlens, n_sequences, T)
-    return n, start, length, (block - before) * BLOCK_T
+    t = (block - before - tl.sum(tl.where(passed, blocks, 0))) * BLOCK_T
+    return tl.minimum(n, n_sequences - 1), start, length, t.to(tl.int32)
 
 
 @triton.jit
@@ -89,8 +97,8 @@ def following(n, start, length, t, cu_seqlens, n_sequences, T, BLOCK_T: tl.const
             begun = _boundary(middle, cu_seqlens, n_sequences, T) <= end
             low = tl.where(begun, middle, low)
             high = tl.where(begun, high, middle)
-        n, t = low, tl.zeros_like(t)
-        start, length = _sequence(n, cu_seqlens, n_sequences, T)
+        start, length = _sequence(low, cu_seqlens, n_sequences, T)
+        n, t = tl.minimum(low, n_sequences - 1), tl.zeros_like(t)
     return n, start, length, t
 
 
@@ -148,9 +156,9 @@ def assert_sequences_kernel(cu_seqlens, n_sequences, T, PDL: tl.constexpr, CHUNK
 
 @triton.jit
 def _blocks(n, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
-    """Of the sequences n [CHUNK]."""
+    """Of the sequences n [CHUNK], in 64 bits: the sum of wrong ones may pass 2**31."""
     _, length = _sequence(n, cu_seqlens, n_sequences, T)
-    return length // BLOCK_T + (length % BLOCK_T > 0).to(tl.int32)  # not cdiv, which would pass 2**31
+    return tl.cdiv(length.to(tl.int64), BLOCK_T)
 
 
 @triton.jit
