@@ -18,7 +18,7 @@ from fuzzytok_kernels.kernels.byte_conv import byte_conv_kernel
 from fuzzytok_kernels.kernels.byte_grad import order_kernel, rank_kernel, run_kernel, sum_runs_kernel
 from fuzzytok_kernels.kernels.byte_table import table_grads_kernel, table_kernel
 from fuzzytok_kernels.layout import empty_of_bytes, empty_weight
-from fuzzytok_kernels.program import Kernel, cdiv, named, on
+from fuzzytok_kernels.program import Kernel, cdiv, named, on, persistent
 from fuzzytok_kernels.reference import GATES, check_range
 from fuzzytok_kernels.support import approximates, facts
 
@@ -125,7 +125,7 @@ def _look_up(
     block_t = min(_TILE // 2 // block_c, _power_of_two(T))
     wide = _is_wide(ids, K, dilation, weight.shape[0], embedding, weight)
     parts = 2 if activation in GATES else 1
-    programs = _persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize, parts])
+    programs = persistent(ids.device, cdiv(channels, 2 * block_c), B * cdiv(T, block_t), _PROGRAMS[dtype.itemsize, parts])
     constants = (wide, K, parts, activation, grad_strides is not None, approximates(embedding.dtype, ids.device), block_t, block_c)
     kernel = Kernel(byte_conv_kernel, programs, constants)
     numbers = (B, T, V, channels, min(dilation, T), *_searches(cu_seqlens), *ids.strides, _stride(cu_seqlens), *(grad_strides or (0, 0)))
@@ -246,11 +246,6 @@ def _searches(cu_seqlens: Traits | None) -> tuple[int, int]:
         return 1, 0
     n = cu_seqlens.shape[0] - 1
     return n, n.bit_length()
-
-
-def _persistent(device: torch.device, blocks: int, tiles: int, most: int) -> int:
-    """How many programs: as many for each of `blocks` of channels, `most` a multiprocessor."""
-    return blocks * max(1, min(tiles, most * facts(device).multiprocessors // blocks))
 
 
 def _is_wide(ids: Traits, kernel_size: int, dilation: int, c_out: int, embedding: Traits, weight: Traits, *others: Traits) -> bool:

@@ -20,7 +20,7 @@ from fuzzytok_kernels.kernels.conv import conv_pointer_kernel, conv_tma_kernel
 from fuzzytok_kernels.kernels.weight_grad import reduce_partials_kernel, weight_grad_pointer_kernel, weight_grad_tma_kernel
 from fuzzytok_kernels.layout import empty_weight, is_channels_last, output_strides
 from fuzzytok_kernels.private_triton import OutOfResources
-from fuzzytok_kernels.program import Kernel, cdiv, may_overlap, on, tell
+from fuzzytok_kernels.program import Kernel, cdiv, may_overlap, on, persistent, tell
 from fuzzytok_kernels.reference import GATES
 from fuzzytok_kernels.support import approximates, conv_switch, facts
 from fuzzytok_kernels.tuning import Config, Problem, rounded_steps
@@ -216,7 +216,7 @@ class _Sequences(NamedTuple):
         return self.cu_seqlens is not None
 
     def tiles(self, B: int, T: int, block_t: int) -> int:
-        """Of time, in all; where sequences are packed the slots of `kernels/sequences.py`, of which some are empty."""
+        """Of time, in all; where sequences are packed the slots of `kernels/sequences.py`, of which some may be empty."""
         return T // block_t + max(1, self.cu_seqlens.shape[0] - 1) if self.cu_seqlens else B * cdiv(T, block_t)
 
     def strides_between(self, strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -258,10 +258,10 @@ def _conv(
     strides_of_extra = after.extra.strides if after.extra else (0, 0, 0)
     approximate = approximates(x.dtype, x.device)
     constants = (K, parts, bias is not None, after.activation, approximate, after.kind, _precision(problem, x.device))
-    tiles = sequences.tiles(B, T, config.BLOCK_T) * cdiv(c_out // parts, config.BLOCK_C_OUT // parts)
+    blocks, times = cdiv(c_out // parts, config.BLOCK_C_OUT // parts), sequences.tiles(B, T, config.BLOCK_T)
     unasserted = sequences.cu_seqlens if shift > 0 and after.kind != "grad_y" else None  # those of a backward its forward has asserted
     if config.path == "pointer":
-        pointer_kernel, assert_sequences = Kernel(conv_pointer_kernel, tiles, constants, config), assertion(unasserted, T)
+        pointer_kernel, assert_sequences = Kernel(conv_pointer_kernel, times * blocks, constants, config), assertion(unasserted, T)
         strides_of_weight = [weight.strides[axis] for axis in axes]
         of_x, of_extra, of_y = map(sequences.strides_between, (x.strides, strides_of_extra, strides))
         numbers = (T, c_in, c_out, shift, stride_bias, *of_x, *strides_of_weight, *of_extra, *of_y, *sequences.numbers)
@@ -278,7 +278,10 @@ def _conv(
     read_weight, in_last = taps(weight, axes, parts, config.BLOCK_C_IN, config.BLOCK_C_OUT, _precision(problem, x.device) == "tf32")
     described, half = problem.layout == "last", config.BLOCK_C_OUT // 2
     read_extra: Callable[[Any], Any] = rows(after.extra, config.BLOCK_T, half) if described and after.extra else as_it_is
-    programs = min(tiles, config.programs_per_sm * facts(x.device).multiprocessors)
+    if sequences.packed:  # each program keeps to one block of channels
+        programs = persistent(x.device, blocks, times, config.programs_per_sm)
+    else:
+        programs = min(times * blocks, config.programs_per_sm * facts(x.device).multiprocessors)
     # Blocks outside of a row are not free: with two taps in three 512 and 1,024 of 2,048 steps back a forward took 50 us, without such
     # blocks 42, with near taps 43; 256 and 512 steps back even a loop fused by hand gained nothing (C=256, B*T=65,536, H100).
     far = sequences == _ROWS and (K - 1) * abs(shift) > T // 3

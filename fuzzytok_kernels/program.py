@@ -100,6 +100,11 @@ class _Threads(threading.local):
 _threads = _Threads()
 
 
+def persistent(device: torch.device, blocks: int, tiles: int, most: int) -> int:
+    """How many programs: as many for each of `blocks` of channels, for all `tiles` of time, `most` a multiprocessor."""
+    return blocks * max(1, min(tiles, most * facts(device).multiprocessors // blocks))
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -1,7 +1,7 @@
 """`make compile-matrix`: what it compiles, and which faults it finds. CI runs the matrix itself, over a spread of configs."""
 
 import pytest
-from modes import INTERPRETED, ON_CUDA
+from modes import INTERPRETED, ON_CUDA, run_python
 
 pytest.importorskip("triton")
 from fuzzytok_kernels.tuning import Problem, compile, matrix, tuner
@@ -96,3 +96,25 @@ def test_products_are_told_from_the_assembly(arch, products):
     with tuner.compilers(gpu) as compile:
         used = compile(tuner.job_of(problem), default_config(problem)).result()
     assert (used.products, used.registers > 0, used.shared > 0) == (products, True, True)
+
+
+@pytest.mark.skipif(INTERPRETED or ON_CUDA, reason="compiles for an H100: once, on the CPU, is enough")
+def test_packed_blocks_are_read_ahead_as_those_of_a_batch():
+    """A kernel's loop that finds its next block in a way that the compiler cannot look past reads nothing ahead: 117 us for 51."""
+    run_python("""
+import torch
+from fuzzytok_kernels import launch
+from fuzzytok_kernels.private_triton import GPUTarget
+from fuzzytok_kernels.tuning.compile import resources_of
+
+x, weight = torch.zeros(1, 4096, 64, dtype=torch.bfloat16).mT, torch.zeros(3, 64, 64, dtype=torch.bfloat16).permute(1, 2, 0)
+boundaries = torch.tensor([0, 20, 4096], dtype=torch.int32)
+for name, call in {
+    "forward": lambda cu_seqlens: launch.causal_conv1d_fused(x, weight, None, x, None, cu_seqlens, 1, "gelu"),
+    "activation-grad": lambda cu_seqlens: launch.causal_conv1d_activation_grad(x, x, weight, None, None, cu_seqlens, 1, "gelu"),
+    "input-grad": lambda cu_seqlens: launch.causal_conv1d_input_grad(x, weight, 1, x, cu_seqlens),
+    "weight-grad": lambda cu_seqlens: launch.causal_conv1d_weight_grad(x, x, 3, 1, cu_seqlens),
+}.items():
+    dense, packed = (resources_of(lambda: call(cu_seqlens), GPUTarget("cuda", 90, 32)).reads for cu_seqlens in (None, boundaries))
+    assert 0 < dense == packed, (name, dense, packed)
+""")

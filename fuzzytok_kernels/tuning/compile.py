@@ -19,6 +19,7 @@ from fuzzytok_kernels.tuning.run import arguments, run, strict_switch
 # How the assembly of each generation names the products of its tensor cores.
 _PRODUCTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "v_mfma": "mfma"}
 _FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S+ \{[^}]*\}, *\{")  # Hopper's, of a left operand in registers
+_READ = re.compile(r"cp\.async\.bulk\.tensor\S*\.shared::(?:cta|cluster)\.global")
 _CALL = re.compile(r"^\s*(@\S+\s+)?call[.\s]", re.MULTILINE)
 
 
@@ -30,6 +31,7 @@ class Resources(NamedTuple):
     local: int  # bytes of local memory a thread
     products: str = ""  # the instructions of its tensor cores: of _PRODUCTS, or "" if it has none
     overwrites: bool = False  # whether registers may be loaded anew while a product still reads them
+    reads: int = 0  # through Hopper's descriptors, as they are written: those of a loop, and those ahead of it
     serialized: bool = False  # whether each of Hopper's products waits for the last: a kernel that calls a function has ptxas do so
 
     @property
@@ -106,7 +108,9 @@ class _Pretended(DriverBase):
     def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
         registers, local = _registers(binary) if self.target.backend == "cuda" else _amd_registers(self.assembly)
         products = max((name for sign, name in _PRODUCTS.items() if sign in self.assembly), default="")
-        self.compiled.append(Resources(shared, registers, local, products, _overwrites(self.assembly), _serialized(self.assembly)))
+        overwrites, serialized = _overwrites(self.assembly), _serialized(self.assembly)
+        reads = len(_READ.findall(self.assembly))
+        self.compiled.append(Resources(shared, registers, local, products, overwrites, reads, serialized))
         return name, name, registers, local, 1024
 
 
