@@ -15,7 +15,7 @@ from fuzzytok_kernels.tuning import timer
 CHANNELS, K, DILATION = (256, 3, 4) if DEVICE == "cuda" else (32, 3, 4)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BARS = {512: 1.20, 4096: 1.03}  # packed over dense, by the mean length
-# Tokens and mean lengths. A GPU takes 16 rounds of tiles of the larger batch where it takes 4 of the smaller: one more is less.
+# Tokens and mean lengths. Of the larger batch a GPU takes 16 rounds of tiles, of the smaller 4: what is lost by a round more shows there.
 CASES = ((65_536, 128), (65_536, 512), (65_536, 4096), (262_144, 512), (262_144, 4096)) if DEVICE == "cuda" else ((2_048, 128),)
 ROUNDS = 15
 KINDS = {"plain": None, "gelu + residual": "gelu"}
