@@ -126,7 +126,8 @@ def _fused_plan(
     else:
         epilogue = "residual" if activation == "none" else activation
         problem = _problem("causal_conv1d_fused", x, weight, dtype, dilation, epilogue, sequences)
-    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation))
+    build = functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation)
+    return _plan(problem, x.device, build, sequences.steps(x.shape[2]))
 
 
 @_plans
@@ -163,15 +164,16 @@ def _input_grad_plan(
     # Packed, it has the config of one with a residual: neither loop is flattened, see _conv (52 -> 48 us).
     epilogue = "residual" if sequences.packed else after.kind
     problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, epilogue, sequences)
-    return _plan(problem, grad_y.device, functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation))
+    build = functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation)
+    return _plan(problem, grad_y.device, build, sequences.steps(grad_y.shape[2]))
 
 
-def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable]) -> Callable:
+def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable], packed_steps: int = 0) -> Callable:
     """What `build` makes of the config of `problem`; of the default, with one warning, if that asks for more than the GPU has.
 
     What else fails says of which problem.
     """
-    stored = build(tuning.get_config(_device_index(device), problem))
+    stored = build(tuning.get_config(_device_index(device), problem, packed_steps))
     launches = [stored]
 
     def launch(*tensors: Tensor | None) -> Any:
@@ -218,6 +220,10 @@ class _Sequences(NamedTuple):
     def tiles(self, B: int, T: int, block_t: int) -> int:
         """Of time, in all; where sequences are packed the slots of `kernels/sequences.py`, of which some may be empty."""
         return T // block_t + max(1, self.cu_seqlens.shape[0] - 1) if self.cu_seqlens else B * cdiv(T, block_t)
+
+    def steps(self, T: int) -> int:
+        """Those of the blocks of 128 that packed sequences take, of each the last one half full; 0 where no other config would do."""
+        return T + 64 * (self.cu_seqlens.shape[0] - 1) if self.cu_seqlens and not self.state else 0
 
     def strides_between(self, strides: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a tensor, the first of them as the kernels count sequences: packed ones by the step at which they begin."""

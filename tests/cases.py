@@ -39,7 +39,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     dict(path="pointer", BLOCK_T=64, BLOCK_C_IN=16, BLOCK_C_OUT=64, num_warps=4, num_stages=3, programs_per_sm=2, TAPS=2),
     dict(path="tma", BLOCK_T=64, BLOCK_C_IN=32, BLOCK_C_OUT=32, num_warps=4, num_stages=2, programs_per_sm=8, TAPS=3),
     dict(path="tma", BLOCK_T=32, BLOCK_C_IN=16, BLOCK_C_OUT=64, num_warps=4, num_stages=3, programs_per_sm=1),
-    dict(path="tma", BLOCK_T=128, BLOCK_C_IN=64, BLOCK_C_OUT=64, num_warps=8, num_stages=3, programs_per_sm=2, TAPS=2),
+    dict(path="tma", BLOCK_T=128, BLOCK_C_IN=64, BLOCK_C_OUT=64, num_warps=8, num_stages=2, programs_per_sm=2, TAPS=2),
 )
 _ON_CPU = ("fp32", "fp16") if INTERPRETED else ("fp64", "fp32", "fp16", "bf16")
 _LARGEST = 40 if ON_CUDA else 4  # the n of GROUPS

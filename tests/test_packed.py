@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
-from fuzzytok_kernels import CausalConv1d, FuzzyTokenizer, ResidualCausalBlock, causal_conv1d, reference
+from fuzzytok_kernels import CausalConv1d, FuzzyTokenizer, ResidualCausalBlock, causal_conv1d, reference, tuning
 
 ops = torch.ops.fuzzytok
 K, D = 3, 4
@@ -133,6 +133,26 @@ def test_a_dense_batch_with_a_state(T, layout, strict_dtype, device, path):
 def test_more_sequences_than_are_looked_at_together(strict_dtype, device, path):
     """1,100 empty ones between others, at the edge of a block, where no tile has to pass them by one."""
     assert_as_separate(Case([70, 58] + 1100 * [0] + [5, 90, 2], strict_dtype, "relu", stated=False))
+
+
+@needs_cuda
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_three_programs_a_multiprocessor(activation, device):
+    """What Hopper runs where two would leave their last round nearly empty, see `space.packed_config`; any GPU with descriptors can."""
+    lengths = torch.full((64,), 100).tolist() + torch.arange(150).tolist()
+    with tuning.force(path="tma", BLOCK_T=128, BLOCK_C_IN=32, BLOCK_C_OUT=128, num_warps=4, num_stages=3, programs_per_sm=3):
+        assert_as_separate(Case(lengths, torch.bfloat16, activation, stated=False, c_in=256, channels=256))
+
+
+@needs_kernels
+def test_the_config_is_chosen_for_the_blocks_of_all_sequences(device, monkeypatch):
+    told = []
+    real = tuning.get_config
+    monkeypatch.setattr(tuning, "get_config", lambda *args: told.append(args[2:]) or real(*args))
+    x, weight = randn((1, 16, 43), HALF, DEVICE, LAYOUTS["channels-last"]), randn((16, 16, K), HALF, DEVICE)
+    for lengths, state in (([20, 0, 23], None), ([20, 0, 23], x.new_zeros(3, 16, HISTORY)), (None, None)):
+        causal_conv1d(x, weight, dilation=D, cu_seqlens=lengths and boundaries(lengths), initial_state=state)
+    assert told == [(43 + 3 * 64,), (0,), (0,)]
 
 
 @interpreter_cannot("in little time; the path is that of the pre-activation alone, and PyTorch's functions")

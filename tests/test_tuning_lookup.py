@@ -23,6 +23,9 @@ from fuzzytok_kernels.tuning.arguments import add_problem_arguments, problem_fro
 from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.space import OPS, default_config
 
+TWO, THREE = Config("tma", 128, 64, 128, 4, 3, 2), Config("tma", 128, 32, 128, 4, 3, 3)  # programs a multiprocessor
+INPUT_GRAD = Problem("causal_conv1d_input_grad", "bf16", "last", True, "residual", 3, 256, 256, 65_536)
+
 # ---- order
 
 
@@ -410,3 +413,37 @@ def test_force_refuses_what_no_kernel_takes(fields, named):
     with pytest.raises(ValueError, match=named), tuning.force(**fields):
         pass
     assert not tuning.is_forced()
+
+
+# ---- packed sequences
+
+
+@pytest.mark.parametrize(
+    ("fields", "n_sequences", "config", "expected"),
+    [
+        ({}, 128, TWO, THREE),  # five rounds of two, three of three
+        ({}, 16, TWO, TWO),  # four rounds of two, three of three
+        ({"op": "causal_conv1d_fused", "epilogue": "gelu", "dtype": "fp16"}, 128, TWO, THREE),
+        ({"op": "causal_conv1d", "epilogue": "none"}, 128, TWO, THREE),
+        ({"op": "causal_conv1d_activation_grad", "epilogue": "gelu"}, 128, TWO, TWO),
+        ({"op": "causal_conv1d_fused", "epilogue": "glu"}, 128, TWO, TWO),
+        ({"dtype": "tf32"}, 128, TWO, TWO),
+        ({"layout": "first"}, 128, TWO, TWO),
+        ({"c_in": 64}, 128, TWO, TWO),
+        ({}, 128, TWO._replace(path="pointer"), TWO._replace(path="pointer")),
+    ],
+    ids=str,
+)
+def test_three_programs_where_the_last_round_of_two_is_nearly_empty(fields, n_sequences, config, expected):
+    problem = INPUT_GRAD._replace(**fields)
+    assert space.packed_config(problem, config, 65_536 + 64 * n_sequences, GPU) == expected
+    assert space.packed_config(problem, config, 65_536 + 64 * n_sequences, GPU._replace(arch="sm100")) == config
+
+
+def test_packed_sequences_are_told_to_the_choice(places, monkeypatch):
+    tuning.forget()
+    monkeypatch.setattr(lookup, "find", lambda device, problem: TWO)
+    assert get_config(0, INPUT_GRAD, 65_536 + 64 * 128) == THREE
+    assert get_config(0, INPUT_GRAD, 65_536 + 64 * 16) == get_config(0, INPUT_GRAD) == TWO
+    with tuning.force(TWO):
+        assert get_config(0, INPUT_GRAD, 65_536 + 64 * 128) == TWO

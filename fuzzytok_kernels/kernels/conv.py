@@ -41,7 +41,10 @@ def conv_tma_kernel(
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
     n_ci, n_co = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH)
-    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
+    if cu_seqlens is None:
+        n_t = tl.cdiv(T, BLOCK_T)
+    else:
+        n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     first, last, apart = tl.program_id(0), B * n_t * n_co, tl.num_programs(0)
     if cu_seqlens is not None:
         # Blocks of time that follow each other, each found from the last one, of one block of channels: searched for one by one, those of
@@ -50,7 +53,7 @@ def conv_tma_kernel(
         group, groups = first // n_co, apart // n_co
         block, end_block = share(n_t, group, groups), share(n_t, group + 1, groups)
         first, last, apart = block * n_co + first % n_co, end_block * n_co, n_co
-        next_n, next_start, next_length, next_t = find_block(block, cu_seqlens, n_sequences, T, BLOCK_T)
+        next_n, next_start, next_length, next_t = find_block(block, blocks, cu_seqlens, n_sequences, T, BLOCK_T)
     for tile in tl.range(first, last, apart, flatten=FLATTEN):
         c = tile % n_co * WIDTH
         t = tile // n_co % n_t * BLOCK_T

@@ -54,27 +54,25 @@ def place(slot, n, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def count_blocks(cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 256):
-    """Of all sequences; no more than there can be, whatever `cu_seqlens` holds, and none if it is so wrong that their sum may pass 2**31.
+    """Of all sequences, no more than there can be, whatever `cu_seqlens` holds; and those of each of the first CHUNK, for `find_block`.
 
     In 32 bits: for 64 Triton 3.9 spilled up to 816 bytes in the convolution.
     """
-    counts, sizes, first = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.float32), tl.full([], 0, tl.int32)
+    blocks = _blocks(tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
+    counts, first = blocks, tl.full([], CHUNK, tl.int32)
     while (first < n_sequences) & (_boundary(first, cu_seqlens, n_sequences, T) < T):  # behind the last step there may be thousands
-        blocks = _blocks(first + tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
-        counts += blocks
-        sizes += blocks.to(tl.float32)
+        counts += _blocks(first + tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
         first += CHUNK
-    return tl.where(tl.sum(sizes) < 1e9, tl.minimum(tl.sum(counts), T // BLOCK_T + n_sequences), 0)
+    return tl.maximum(tl.minimum(tl.sum(counts), T // BLOCK_T + n_sequences), 0), blocks
 
 
 @triton.jit
-def find_block(block, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 256):
+def find_block(block, blocks, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 256):
     """The sequence that `block` is of, where it begins, how many steps it has, and before how many of them the block begins.
 
-    Behind the last block: the last sequence's number, no steps, and any t.
+    `blocks` are those of the first CHUNK sequences. Behind the last block: the last sequence's number, and no steps.
     """
     before, first = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    blocks = _blocks(tl.arange(0, CHUNK), cu_seqlens, n_sequences, T, BLOCK_T)
     together = tl.sum(blocks)
     while (before + together <= block) & (n_sequences - first > CHUNK):
         before += together
@@ -85,7 +83,9 @@ def find_block(block, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr, CHUNK: 
     n = first + tl.sum(passed.to(tl.int32))
     start, length = _sequence(n, cu_seqlens, n_sequences, T)
     before += tl.sum(tl.where(passed, blocks, 0))
-    return tl.minimum(n, n_sequences - 1), start, length, (block - before) * BLOCK_T
+    # Wrong boundaries may count more blocks than 32 bits hold: inside of the sequence, whatever came of that.
+    t = tl.minimum(tl.maximum(block - before, 0), length // BLOCK_T) * BLOCK_T
+    return tl.minimum(n, n_sequences - 1), start, length, t
 
 
 @triton.jit

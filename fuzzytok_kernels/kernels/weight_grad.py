@@ -38,7 +38,10 @@ def weight_grad_tma_kernel(
 
     Where there are `cu_seqlens`, both have a bound and a step in place of [B, T]. PLANES follow each other along B, or T.
     """
-    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
+    if cu_seqlens is None:
+        n_t, blocks = tl.cdiv(T, BLOCK_T), None
+    else:
+        n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
@@ -46,7 +49,7 @@ def weight_grad_tma_kernel(
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype)
     sums, bias_sum = _add_blocks(
-        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, B, T, k, ci, co, shift, share_first, share_last,
+        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, blocks, first, last, n_t, B, T, k, ci, co, shift, share_first, share_last,
         PRECISION, GRAD_Y_CHANNELS_LAST, PLANES, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
     )  # fmt: skip
     _store_taps(sums, weight_out, k, ci, co, split, c_in, c_out, K, BLOCK_C_IN, BLOCK_C_OUT, TAPS)
@@ -56,14 +59,14 @@ def weight_grad_tma_kernel(
 
 @triton.jit
 def _add_blocks(
-    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, B, T, k, ci, co, shift, share_first, share_last,
+    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, blocks, first, last, n_t, B, T, k, ci, co, shift, share_first, share_last,
     PRECISION: tl.constexpr, GRAD_Y_CHANNELS_LAST: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """The sums and those of the time blocks from `first` to `last`."""
     apart = B if cu_seqlens is None else T
     if cu_seqlens is not None:
-        n, start, length, block_t = find_block(first, cu_seqlens, n_sequences, T, BLOCK_T)
+        n, start, length, block_t = find_block(first, blocks, cu_seqlens, n_sequences, T, BLOCK_T)
     PRODUCTS: tl.constexpr = 2 * PLANES - 1  # that of both second planes is less than their rounding
     for i in range(first * PRODUCTS, last * PRODUCTS):
         block = i // PRODUCTS
@@ -104,7 +107,10 @@ def weight_grad_pointer_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Any strides and any alignment; offsets are 64-bit. Where there are `cu_seqlens`, stride_yb and stride_xb are one step."""
-    n_t = tl.cdiv(T, BLOCK_T) if cu_seqlens is None else count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
+    if cu_seqlens is None:
+        n_t, blocks = tl.cdiv(T, BLOCK_T), None
+    else:
+        n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
@@ -112,7 +118,7 @@ def weight_grad_pointer_kernel(
     bias_sum = tl.zeros([BLOCK_C_OUT, 16], tl.float32)
     ones = tl.full([BLOCK_T, 16], 1.0, grad_y.dtype.element_ty)
     sums, bias_sum = _add_blocks_by_pointers(
-        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, c_in, c_out, shift,
+        sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, blocks, first, last, n_t, T, k, ci, co, c_in, c_out, shift,
         share_first, share_last, stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
         PRECISION, BLOCK_T, BLOCK_C_IN, BLOCK_C_OUT, TAPS,
     )  # fmt: skip
@@ -122,7 +128,7 @@ def weight_grad_pointer_kernel(
 
 @triton.jit
 def _add_blocks_by_pointers(
-    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, first, last, n_t, T, k, ci, co, c_in, c_out, shift,
+    sums, bias_sum, ones, grad_y, x, cu_seqlens, n_sequences, blocks, first, last, n_t, T, k, ci, co, c_in, c_out, shift,
     share_first, share_last, stride_yb, stride_yc, stride_yt, stride_xb, stride_xc, stride_xt,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +137,7 @@ def _add_blocks_by_pointers(
     c = ci + tl.arange(0, BLOCK_C_IN).to(tl.int64)
     length = T
     if cu_seqlens is not None:
-        n, start, length, block_t = find_block(first, cu_seqlens, n_sequences, T, BLOCK_T)
+        n, start, length, block_t = find_block(first, blocks, cu_seqlens, n_sequences, T, BLOCK_T)
     for i in range(first, last):
         if cu_seqlens is None:
             b = (i // n_t).to(tl.int64)

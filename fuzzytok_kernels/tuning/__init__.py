@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from fuzzytok_kernels.tuning import lookup
+from fuzzytok_kernels.tuning.gpu import Gpu
 from fuzzytok_kernels.tuning.hashes import check_fields
 from fuzzytok_kernels.tuning.problem import Problem, rounded_steps
-from fuzzytok_kernels.tuning.space import Config, default_config
+from fuzzytok_kernels.tuning.space import Config, default_config, packed_config
 
 __all__ = ["Config", "Problem", "force", "forget", "generation", "get_config", "is_forced", "record_problems", "rounded_steps"]
 
@@ -21,12 +22,15 @@ _generation = 0
 _lock = threading.RLock()  # one thread at a time looks up, and tunes
 
 
-def get_config(device: int, problem: Problem) -> Config:
+def get_config(device: int, problem: Problem, packed_steps: int = 0) -> Config:
     """The config that `problem` runs with on GPU number `device`; -1 is the CPU, where the interpreter runs the kernels.
 
-    Its first call for a problem may read files, later calls only a table.
+    Of packed sequences, `packed_steps` are those of the blocks that they take, see `space.packed_config`. Its first call for a problem may
+    read files, later calls only a table.
     """
-    return _warm.get((device, problem)) or _look_up(device, problem)
+    config = _warm.get((device, problem)) or _look_up(device, problem)
+    gpu = Gpu.current(device) if packed_steps and not _forces else None
+    return packed_config(problem, config, packed_steps, gpu) if gpu else config
 
 
 @contextlib.contextmanager
