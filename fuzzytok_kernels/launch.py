@@ -5,6 +5,7 @@ finds its plan, allocates and launches.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -102,8 +103,7 @@ def causal_conv1d_weight_grad(
 def _forward_plan(x: Traits, weight: Traits, bias: Traits | None, dilation: int, dtype: str, generation: int) -> Callable[..., Tensor]:
     CHECKS["causal_conv1d"](x, weight, bias, dilation)
     problem = _problem("causal_conv1d", x, weight, dtype, dilation)
-    conv = functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, _NOTHING, _ROWS, dilation)
-    return _plan(problem, x.device, conv)
+    return _conv_plan(problem, x, weight, (2, 0, 1), bias, _NOTHING, _ROWS, dilation)
 
 
 @_plans
@@ -126,8 +126,7 @@ def _fused_plan(
     else:
         epilogue = "residual" if activation == "none" else activation
         problem = _problem("causal_conv1d_fused", x, weight, dtype, dilation, epilogue, sequences)
-    build = functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation)
-    return _plan(problem, x.device, build, sequences.steps(x.shape[2]))
+    return _conv_plan(problem, x, weight, (2, 0, 1), bias, after, sequences, dilation)
 
 
 @_plans
@@ -146,7 +145,7 @@ def _activation_grad_plan(
     CHECKS["causal_conv1d_activation_grad"](grad_y, x, weight, bias, state, cu_seqlens, dilation, activation)
     after, sequences = _After(activation, "grad_y", grad_y), _Sequences(state, cu_seqlens)
     problem = _problem("causal_conv1d_activation_grad", x, weight, dtype, dilation, activation, sequences)
-    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, (2, 0, 1), bias, after, sequences, dilation))
+    return _conv_plan(problem, x, weight, (2, 0, 1), bias, after, sequences, dilation)
 
 
 @_plans
@@ -164,8 +163,7 @@ def _input_grad_plan(
     # Packed, it has the config of one with a residual: neither loop is flattened, see _conv (52 -> 48 us).
     epilogue = "residual" if sequences.packed else after.kind
     problem = _problem("causal_conv1d_input_grad", grad_y, weight, dtype, dilation, epilogue, sequences)
-    build = functools.partial(_conv, problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation)
-    return _plan(problem, grad_y.device, build, sequences.steps(grad_y.shape[2]))
+    return _conv_plan(problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation)
 
 
 def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable], packed_steps: int = 0) -> Callable:
@@ -222,8 +220,12 @@ class _Sequences(NamedTuple):
         return T // block_t + max(1, self.cu_seqlens.shape[0] - 1) if self.cu_seqlens else B * cdiv(T, block_t)
 
     def steps(self, T: int) -> int:
-        """Those of the blocks of 128 that packed sequences take, of each the last one half full; 0 where no other config would do."""
-        return T + 64 * (self.cu_seqlens.shape[0] - 1) if self.cu_seqlens and not self.state else 0
+        """Those of the blocks of 128 that packed sequences of random lengths take on average; 0 where `tuning` has no choice by them.
+
+        That is behind a state, too, whose kernel has its registers unbounded.
+        """
+        n = self.cu_seqlens.shape[0] - 1 if self.cu_seqlens and not self.state else 0
+        return round(-128 * n / math.expm1(-128 * n / T)) if n and T else 0
 
     def strides_between(self, strides: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a tensor, the first of them as the kernels count sequences: packed ones by the step at which they begin."""
@@ -236,6 +238,13 @@ class _Sequences(NamedTuple):
 
 
 _ROWS = _Sequences(None, None)
+
+
+def _conv_plan(
+    problem: Problem, x: Traits, weight: Traits, axes: tuple, bias: Traits | None, after: _After, sequences: _Sequences, shift: int
+) -> Callable[..., Tensor]:
+    build = functools.partial(_conv, problem, x, weight, axes, bias, after, sequences, shift)
+    return _plan(problem, x.device, build, sequences.steps(x.shape[2]))
 
 
 def _conv(

@@ -111,10 +111,11 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
 def packed_config(problem: Problem, config: Config, steps: int, gpu: Gpu) -> Config:
     """`config`, or three programs a multiprocessor where the model expects a tenth less of them for packed sequences.
 
-    `steps` are those of the blocks that the sequences take, more than a batch has, and the last round of them may be nearly empty: of
-    65,536 steps in 128 unequal sequences two programs a multiprocessor have five rounds of tiles, three have three. That took the
-    input-grad 59 us for 66, the forward with GELU 64 for 67, the plain one 56 for 58 (C=256, H200). Gates lose by it (1.07 times as long),
-    and the gradient of an activation spills 300 bytes (1.09). Measured on Hopper alone.
+    `steps` are those of the blocks that the sequences take. They are more than a batch has, and the last round of them may be nearly empty:
+    of 65,536 steps in 128 unequal sequences two programs a multiprocessor have five rounds of tiles, three have three. That took the
+    input-grad 59 us for 66, the forward with GELU 63 for 67, the plain one 53 for 56; of 16,384 steps in 32, where one is stored, 19 for
+    29, 21 for 29 and 19 for 26 (C=256, H200). Gates lose by it (1.07 times as long), and the gradient of an activation, which spills 300
+    bytes (1.09). Measured on Hopper alone.
     """
     suited = gpu.arch == "sm90" and config.path == "tma" and problem.layout == "last" and _element_size(problem) == 2
     if not suited or problem.op == "causal_conv1d_activation_grad" or problem.epilogue in GATES or not suits(_THREE, problem):
