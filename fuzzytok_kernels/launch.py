@@ -5,7 +5,6 @@ finds its plan, allocates and launches.
 """
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -166,12 +165,12 @@ def _input_grad_plan(
     return _conv_plan(problem, grad_y, weight, (2, 1, 0), None, after, sequences, -dilation)
 
 
-def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable], packed_steps: int = 0) -> Callable:
+def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Callable], packed: tuple[int, int] | None = None) -> Callable:
     """What `build` makes of the config of `problem`; of the default, with one warning, if that asks for more than the GPU has.
 
     What else fails says of which problem.
     """
-    stored = build(tuning.get_config(_device_index(device), problem, packed_steps))
+    stored = build(tuning.get_config(_device_index(device), problem, packed))
     launches = [stored]
 
     def launch(*tensors: Tensor | None) -> Any:
@@ -182,9 +181,7 @@ def _plan(problem: Problem, device: torch.device, build: Callable[[Config], Call
             if run is not stored or tuning.is_forced():
                 raise OutOfResources(error.required, error.limit, f"{error.name} for {problem}") from error
             if len(launches) == 1:  # else another thread was here before
-                warnings.warn(
-                    f"fuzzytok_kernels: the config stored for {problem} does not fit ({error}); the default runs instead", stacklevel=2
-                )
+                warnings.warn(f"fuzzytok_kernels: the config for {problem} does not fit ({error}); the default runs instead", stacklevel=2)
                 launches.append(build(default_config(problem)))
         except RuntimeError as error:
             tell(problem, error)
@@ -219,14 +216,6 @@ class _Sequences(NamedTuple):
         """Of time, in all; where sequences are packed the slots of `kernels/sequences.py`, of which some may be empty."""
         return T // block_t + max(1, self.cu_seqlens.shape[0] - 1) if self.cu_seqlens else B * cdiv(T, block_t)
 
-    def steps(self, T: int) -> int:
-        """Those of the blocks of 128 that packed sequences of random lengths take on average; 0 where `tuning` has no choice by them.
-
-        That is behind a state, too, whose kernel has its registers unbounded.
-        """
-        n = self.cu_seqlens.shape[0] - 1 if self.cu_seqlens and not self.state else 0
-        return round(-128 * n / math.expm1(-128 * n / T)) if n and T else 0
-
     def strides_between(self, strides: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a tensor, the first of them as the kernels count sequences: packed ones by the step at which they begin."""
         return (strides[2], *strides[1:]) if self.cu_seqlens else strides
@@ -243,8 +232,9 @@ _ROWS = _Sequences(None, None)
 def _conv_plan(
     problem: Problem, x: Traits, weight: Traits, axes: tuple, bias: Traits | None, after: _After, sequences: _Sequences, shift: int
 ) -> Callable[..., Tensor]:
-    build = functools.partial(_conv, problem, x, weight, axes, bias, after, sequences, shift)
-    return _plan(problem, x.device, build, sequences.steps(x.shape[2]))
+    n, T = sequences.numbers[0], x.shape[2]
+    packed = (n, T) if n and T and sequences.state is None else None  # behind a state _conv bounds no registers, and three would not fit
+    return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, axes, bias, after, sequences, shift), packed)
 
 
 def _conv(

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def stored(monkeypatch):
     """As if every problem had STORED as its winner."""
     tuning.forget()
-    monkeypatch.setattr(tuning, "get_config", lambda device, problem: STORED)
+    monkeypatch.setattr(tuning, "get_config", lambda device, problem, packed: STORED)
     yield STORED
     tuning.forget()
 
@@ -53,7 +53,7 @@ def test_falls_back_once_with_one_warning(stored):
         return "a result"
 
     plan = _plan(run)
-    with pytest.warns(UserWarning, match=r"the config stored for Problem\(op='causal_conv1d', .* does not fit \(out of resource") as caught:
+    with pytest.warns(UserWarning, match=r"the config for Problem\(op='causal_conv1d', .* does not fit \(out of resource") as caught:
         assert plan() == "a result"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -118,3 +118,27 @@ for name, call in {
     dense, packed = (resources_of(lambda: call(cu_seqlens), GPUTarget("cuda", 90, 32)).reads for cu_seqlens in (None, boundaries))
     assert 0 < dense == packed, (name, dense, packed)
 """)
+
+
+@pytest.mark.skipif(INTERPRETED or ON_CUDA, reason="compiles for an H100: once, on the CPU, is enough")
+def test_what_three_programs_spill():
+    """By `space.packed_config`, chosen by time: with an activation it gains up to 28 % (H200), and its epilogue, not its loop, may spill."""
+    run_python("""
+import torch
+from fuzzytok_kernels import launch, tuning
+from fuzzytok_kernels.private_triton import GPUTarget
+from fuzzytok_kernels.tuning.compile import resources_of
+from fuzzytok_kernels.tuning.space import PACKED
+
+x, weight = torch.zeros(1, 4096, 256, dtype=torch.bfloat16).mT, torch.zeros(3, 256, 256, dtype=torch.bfloat16).permute(1, 2, 0)
+bias, boundaries = torch.zeros(256, dtype=torch.bfloat16), torch.tensor([0, 20, 4096], dtype=torch.int32)
+for name, call, most in (
+    ("plain", lambda: launch.causal_conv1d_fused(x, weight, bias, None, None, boundaries, 1, "none"), 0),
+    ("gelu", lambda: launch.causal_conv1d_fused(x, weight, bias, x, None, boundaries, 1, "gelu"), 96),
+    ("input-grad", lambda: launch.causal_conv1d_input_grad(x, weight, 1, x, boundaries), 0),
+):
+    with tuning.force(PACKED):
+        used = resources_of(call, GPUTarget("cuda", 90, 32))
+    assert used.local <= most and used.products == "wgmma" and not used.overwrites and not used.serialized, (name, used)
+    assert PACKED.programs_per_sm * used.registers * 32 * PACKED.num_warps <= 65_536, (name, used)
+""")

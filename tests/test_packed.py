@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 from fuzzytok_kernels import CausalConv1d, FuzzyTokenizer, ResidualCausalBlock, causal_conv1d, reference, tuning
+from fuzzytok_kernels.tuning.space import PACKED
 
 ops = torch.ops.fuzzytok
 K, D = 3, 4
@@ -138,21 +139,20 @@ def test_more_sequences_than_are_looked_at_together(strict_dtype, device, path):
 @needs_cuda
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_three_programs_a_multiprocessor(activation, device):
-    """What Hopper runs where two would leave their last round nearly empty, see `space.packed_config`; any GPU with descriptors can."""
-    lengths = torch.full((64,), 100).tolist() + torch.arange(150).tolist()
-    with tuning.force(path="tma", BLOCK_T=128, BLOCK_C_IN=32, BLOCK_C_OUT=128, num_warps=4, num_stages=3, programs_per_sm=3):
-        assert_as_separate(Case(lengths, torch.bfloat16, activation, stated=False, c_in=256, channels=256))
+    """The config of `space.packed_config`; any GPU with descriptors runs it."""
+    with tuning.force(PACKED):
+        assert_as_separate(Case([*64 * [100], *range(150)], torch.bfloat16, activation, stated=False, c_in=256, channels=256))
 
 
 @needs_kernels
-def test_the_config_is_chosen_for_the_blocks_of_all_sequences(device, monkeypatch):
+def test_the_config_is_chosen_for_sequences_without_a_state(device, monkeypatch):
     told = []
     real = tuning.get_config
-    monkeypatch.setattr(tuning, "get_config", lambda *args: told.append(args[2:]) or real(*args))
+    monkeypatch.setattr(tuning, "get_config", lambda *args: told.append(args[2]) or real(*args))
     x, weight = randn((1, 16, 43), HALF, DEVICE, LAYOUTS["channels-last"]), randn((16, 16, K), HALF, DEVICE)
     for lengths, state in (([20, 0, 23], None), ([20, 0, 23], x.new_zeros(3, 16, HISTORY)), (None, None)):
         causal_conv1d(x, weight, dilation=D, cu_seqlens=lengths and boundaries(lengths), initial_state=state)
-    assert told == [(384,), (0,), (0,)]  # three sequences that are far shorter than a block
+    assert told == [(3, 43), None, None]
 
 
 @interpreter_cannot("in little time; the path is that of the pre-activation alone, and PyTorch's functions")

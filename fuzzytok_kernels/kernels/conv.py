@@ -41,10 +41,7 @@ def conv_tma_kernel(
     channels = c_out // PARTS
     WIDTH: tl.constexpr = BLOCK_C_OUT // PARTS
     n_ci, n_co = tl.cdiv(c_in, BLOCK_C_IN), tl.cdiv(channels, WIDTH)
-    if cu_seqlens is None:
-        n_t = tl.cdiv(T, BLOCK_T)
-    else:
-        n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
+    n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     first, last, apart = tl.program_id(0), B * n_t * n_co, tl.num_programs(0)
     if cu_seqlens is not None:
         # Blocks of time that follow each other, each found from the last one, of one block of channels: searched for one by one, those of

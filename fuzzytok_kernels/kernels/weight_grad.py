@@ -38,10 +38,7 @@ def weight_grad_tma_kernel(
 
     Where there are `cu_seqlens`, both have a bound and a step in place of [B, T]. PLANES follow each other along B, or T.
     """
-    if cu_seqlens is None:
-        n_t, blocks = tl.cdiv(T, BLOCK_T), None
-    else:
-        n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
+    n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip
@@ -107,10 +104,7 @@ def weight_grad_pointer_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C_IN: tl.constexpr, BLOCK_C_OUT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Any strides and any alignment; offsets are 64-bit. Where there are `cu_seqlens`, stride_yb and stride_xb are one step."""
-    if cu_seqlens is None:
-        n_t, blocks = tl.cdiv(T, BLOCK_T), None
-    else:
-        n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
+    n_t, blocks = count_blocks(cu_seqlens, n_sequences, T, BLOCK_T)
     k, ci, co, split, first, last, share, share_first, share_last = _slice(
         B * n_t, c_in, c_out, n_splits, K, DIRECT, BLOCK_C_IN, BLOCK_C_OUT, TAPS
     )  # fmt: skip

@@ -22,15 +22,16 @@ _generation = 0
 _lock = threading.RLock()  # one thread at a time looks up, and tunes
 
 
-def get_config(device: int, problem: Problem, packed_steps: int = 0) -> Config:
+def get_config(device: int, problem: Problem, packed: tuple[int, int] | None = None) -> Config:
     """The config that `problem` runs with on GPU number `device`; -1 is the CPU, where the interpreter runs the kernels.
 
-    Of packed sequences, `packed_steps` are those of the blocks that they take, see `space.packed_config`. Its first call for a problem may
-    read files, later calls only a table.
+    `packed`: how many sequences without a state, and their steps in all; the model of the time then has a word, see `space.packed_config`.
+    Its first call for a problem may read files, later calls only a table.
     """
     config = _warm.get((device, problem)) or _look_up(device, problem)
-    gpu = Gpu.current(device) if packed_steps and not _forces else None
-    return packed_config(problem, config, packed_steps, gpu) if gpu else config
+    if packed and not _forces and (gpu := Gpu.current(device)):
+        return packed_config(problem, config, *packed, gpu)
+    return config
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`fuzzytok explain`: which tuning file and entry serves a problem, and why the others do not."""
+"""`fuzzytok explain`: which tuning file and entry serves a problem of a batch, and why the others do not."""
 
 import argparse
 import os

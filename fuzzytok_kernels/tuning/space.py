@@ -65,7 +65,7 @@ _WEIGHT_GRAD = tuple(
 )  # fmt: skip
 
 
-_THREE = Config("tma", 128, 32, 128, 4, 3, 3)  # see packed_config
+PACKED = Config("tma", 128, 32, 128, 4, 3, 3)  # see packed_config
 
 
 class Op(NamedTuple):
@@ -108,20 +108,30 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
     return Config(path, block_t // wide, 32 // wide, _block(produced, 64), 4 * wide, 2, 1)
 
 
-def packed_config(problem: Problem, config: Config, steps: int, gpu: Gpu) -> Config:
-    """`config`, or three programs a multiprocessor where the model expects a tenth less of them for packed sequences.
+def packed_config(problem: Problem, config: Config, n_sequences: int, T: int, gpu: Gpu) -> Config:
+    """`config`, or PACKED where the model expects less than 0.9 of the time of it for sequences of random lengths, T steps in all.
 
-    `steps` are those of the blocks that the sequences take. They are more than a batch has, and the last round of them may be nearly empty:
-    of 65,536 steps in 128 unequal sequences two programs a multiprocessor have five rounds of tiles, three have three. That took the
-    input-grad 59 us for 66, the forward with GELU 63 for 67, the plain one 53 for 56; of 16,384 steps in 32, where one is stored, 19 for
-    29, 21 for 29 and 19 for 26 (C=256, H200). Gates lose by it (1.07 times as long), and the gradient of an activation, which spills 300
-    bytes (1.09). Measured on Hopper alone.
+    They have more blocks than a batch, and their last round may be nearly empty: 65,536 steps in 128 unequal sequences are five rounds of
+    tiles for two programs a multiprocessor, three for three. That took the input-grad 59 us in place of 66, the forward with GELU 63 for
+    67, without 53 for 56; 16,384 steps in 32 sequences, whose config has one program, 19 for 29, 21 for 29 and 19 for 26 (C=256, H200).
+    Equal lengths of a whole number of blocks lose by it: 57 us for 56, 60 for 56, 52 for 47. Where the model expected 0.91 to 0.95 of the
+    time, 7 of 20 cases lost, up to 13 %. Gates take 1.07 times as long, and the gradient of an activation, which spills 328 bytes under
+    Triton 3.6, 1.09 times. Measured on Hopper alone.
     """
     suited = gpu.arch == "sm90" and config.path == "tma" and problem.layout == "last" and _element_size(problem) == 2
-    if not suited or problem.op == "causal_conv1d_activation_grad" or problem.epilogue in GATES or not suits(_THREE, problem):
+    if not suited or problem.op == "causal_conv1d_activation_grad" or problem.epilogue in GATES or not suits(PACKED, problem):
         return config
-    exact = problem._replace(steps=steps)
-    return _THREE if predicted(exact, _THREE, gpu.sm_count) < 0.9 * predicted(exact, config, gpu.sm_count) else config
+
+    def time(config: Config) -> float:
+        steps = config.BLOCK_T * _expected_blocks(n_sequences, T, config.BLOCK_T)
+        return predicted(problem._replace(steps=steps), config, gpu.sm_count)
+
+    return PACKED if time(PACKED) < 0.9 * time(config) else config
+
+
+def _expected_blocks(n_sequences: int, T: int, block_t: int) -> int:
+    """Those of sequences of random lengths on average: a length is exponential then, and has 1 / (1 - exp(-block_t / mean)) blocks."""
+    return round(-n_sequences / math.expm1(-block_t * n_sequences / T))
 
 
 def candidates(problem: Problem, most: int, gpu: Gpu) -> list[Config]:
