@@ -121,7 +121,7 @@ def packed_config(problem: Problem, config: Config, n_sequences: int, T: int, gp
     """
     suited = gpu.arch == "sm90" and config.path == "tma" and problem.layout == "last" and _element_size(problem) == 2
     suited = suited and problem.op != "causal_conv1d_activation_grad" and problem.epilogue not in GATES and suits(PACKED, problem)
-    if not suited or T < 64 * n_sequences:
+    if not suited or 64 * n_sequences > T:
         return config
 
     def time(config: Config) -> float:
