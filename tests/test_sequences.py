@@ -13,7 +13,7 @@ pytestmark = needs_kernels
 BLOCK = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_sequences", "T", "apart"])
 def walk_kernel(cu_seqlens, found, n_sequences, T, apart, BLOCK_T: tl.constexpr):
     """A program finds one block and the one that follows: the count and twice n, start, length, t go to its row of found [programs, 9]."""
     row = found + tl.program_id(0) * 9
