@@ -54,7 +54,7 @@ def place(slot, n, cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def count_blocks(cu_seqlens, n_sequences, T, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr = 256):
-    """The blocks of a row of T steps; of packed sequences those of all, at most as many as T steps allow, and of each of the first CHUNK.
+    """How many blocks a row of T steps has, or all packed sequences (at most what T allows), and of these each of the first CHUNK [CHUNK].
 
     `find_block` begins with the latter: to read them anew took a forward 0.4 us of 56 with GELU, 1 of 48 without (H200). In 32 bits: for
     64 Triton 3.9 spilled up to 816 bytes in the convolution.

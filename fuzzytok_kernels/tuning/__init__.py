@@ -25,7 +25,7 @@ _lock = threading.RLock()  # one thread at a time looks up, and tunes
 def get_config(device: int, problem: Problem, packed: tuple[int, int] | None = None) -> Config:
     """The config that `problem` runs with on GPU number `device`; -1 is the CPU, where the interpreter runs the kernels.
 
-    `packed`: how many sequences without a state, and their steps in all; the model of the time then has a word, see `space.packed_config`.
+    `packed`: how many sequences without a state, and their steps in all; another config may then be chosen, see `space.packed_config`.
     Its first call for a problem may read files, later calls only a table.
     """
     config = _warm.get((device, problem)) or _look_up(device, problem)

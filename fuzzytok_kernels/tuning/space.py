@@ -109,15 +109,15 @@ def default_config(problem: Problem, path: str | None = None) -> Config:
 
 
 def packed_config(problem: Problem, config: Config, n_sequences: int, T: int, gpu: Gpu) -> Config:
-    """`config`, or PACKED where the model expects less than 0.9 of the time of it for sequences of random lengths, T steps in all.
+    """`config`, or PACKED where the model expects less than 0.9 of its time for sequences of random lengths, T steps in all.
 
     They have more blocks than a batch, and their last round may be nearly empty: 65,536 steps in 128 unequal sequences are five rounds of
     tiles for two programs a multiprocessor, three for three. That took the input-grad 59 us in place of 66, the forward with GELU 63 for
-    67, without 53 for 56; 16,384 steps in 32 sequences, whose config has one program, 19 for 29, 21 for 29 and 19 for 26 (C=256, H200).
-    Equal lengths of a whole number of blocks, and padded boundaries, have fewer blocks than that and lose by it: 57 us for 55, 62 for 58,
-    52 for 47, and of 16,384 steps 19 for 18, 21 for 18 and 19 for 16. Where sequences have less than 64 steps most are taken for padding.
-    Where the model expected 0.91 to 0.95 of the time, 7 of 20 cases lost, up to 13 %. Gates take 1.07 times as long, and the gradient of an
-    activation, which spills 328 bytes under Triton 3.6, 1.09 times. Measured on Hopper alone.
+    67, without 53 for 56; 16,384 steps in 32 sequences, whose config has one program, 20 for 29, 22 for 29 and 19 for 26 (C=256, H200).
+    Equal lengths of a whole number of blocks, and padded boundaries, have fewer blocks than that and mostly lose by it: 57 us for 55, 62
+    for 58, 52 for 47, and of 16,384 steps 19 for 18, 21 for 18 and 19 for 16. Where there are fewer than 64 steps a sequence most are taken
+    for padding, and `config` stays. Where the model expected 0.91 to 0.95 of the time, 7 of 20 cases lost, up to 13 %. Gates take 1.07
+    times as long, and the gradient of an activation, which spills 328 bytes under Triton 3.6, 1.09 times. Measured on Hopper alone.
     """
     suited = gpu.arch == "sm90" and config.path == "tma" and problem.layout == "last" and _element_size(problem) == 2
     suited = suited and problem.op != "causal_conv1d_activation_grad" and problem.epilogue not in GATES and suits(PACKED, problem)
