@@ -212,9 +212,14 @@ class _Sequences(NamedTuple):
     def packed(self) -> bool:
         return self.cu_seqlens is not None
 
+    @property
+    def n_sequences(self) -> int | None:
+        """How many are packed; None of a batch."""
+        return self.cu_seqlens.shape[0] - 1 if self.cu_seqlens else None
+
     def tiles(self, B: int, T: int, block_t: int) -> int:
         """Of time, in all; where sequences are packed the slots of `kernels/sequences.py`, of which some may be empty."""
-        return T // block_t + max(1, self.cu_seqlens.shape[0] - 1) if self.cu_seqlens else B * cdiv(T, block_t)
+        return B * cdiv(T, block_t) if self.n_sequences is None else T // block_t + max(1, self.n_sequences)
 
     def strides_between(self, strides: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a tensor, the first of them as the kernels count sequences: packed ones by the step at which they begin."""
@@ -223,7 +228,7 @@ class _Sequences(NamedTuple):
     @property
     def numbers(self) -> tuple[int | None, ...]:
         """How many sequences are packed, and the strides of the state."""
-        return (self.cu_seqlens.shape[0] - 1 if self.cu_seqlens else None, *(self.state.strides if self.state else (None,) * 3))
+        return self.n_sequences, *(self.state.strides if self.state else (None,) * 3)
 
 
 _ROWS = _Sequences(None, None)
@@ -232,7 +237,7 @@ _ROWS = _Sequences(None, None)
 def _conv_plan(
     problem: Problem, x: Traits, weight: Traits, axes: tuple, bias: Traits | None, after: _After, sequences: _Sequences, shift: int
 ) -> Callable[..., Tensor]:
-    n, T = sequences.numbers[0], x.shape[2]
+    n, T = sequences.n_sequences, x.shape[2]
     packed = (n, T) if n and T and sequences.state is None else None  # behind a state _conv bounds no registers, and three would not fit
     return _plan(problem, x.device, functools.partial(_conv, problem, x, weight, axes, bias, after, sequences, shift), packed)
 
@@ -341,7 +346,7 @@ def _weight_grad(
         return _weight_grad_of_planes(problem, grad_y, x, sequences, shift, config, splits, tiles)
     direct = splits == 1
     constants = kernel_size, precision, direct
-    numbers: tuple[int | None, ...] = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
+    numbers: tuple[int | None, ...] = (B, T, c_in, c_out, shift, splits, sequences.n_sequences)
     read_grad_y: Callable[[Tensor], Any] = as_it_is
     read_x: Callable[[Tensor], Any] = as_it_is
     if config.path == "tma":
@@ -377,7 +382,7 @@ def _weight_grad_of_planes(
     read_grad_y = planes(grad_y, config.BLOCK_T, config.BLOCK_C_OUT, sequences.packed, n_rows)
     read_x = planes(x, config.BLOCK_T, config.BLOCK_C_IN, sequences.packed, n_rows_of_x)
     kernel = Kernel(weight_grad_tma_kernel, tiles * splits, (kernel_size, "ieee", False, True, PLANES), config, config.TAPS)
-    numbers = (B, T, c_in, c_out, shift, splits, sequences.numbers[0])
+    numbers = (B, T, c_in, c_out, shift, splits, sequences.n_sequences)
     reduce = _reduction(max(splits, min(16, n_rows)), weights, c_out)  # the bias has more rows than the weight
 
     def launch(grad_y: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
